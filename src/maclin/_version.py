@@ -1,0 +1,3 @@
+"""The version of maclin, and the only place that says it."""
+
+__version__ = "0.1.0"

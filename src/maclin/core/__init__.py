@@ -1,0 +1,1 @@
+"""q, k, v -> out: kernels, features, one contraction, mechanisms."""

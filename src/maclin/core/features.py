@@ -1,0 +1,179 @@
+"""Feature maps: frozen specifications plus flat tensors, applied to one block of tokens at a time.
+
+Every map takes x (B, H, n, D) and tensors with one draw per key head (Hk, ...), and returns (B, H, n, M);
+query head h uses the draw of its key head. Inputs are already scaled: <x, y> is the logit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .contract import per_key_head
+from .kernels import Kernel
+
+_PUBLISHED_MAX_DEGREE = 20
+
+
+def taylor_features(x: Tensor, kernel: Kernel) -> Tensor:
+    """Constant and linear term, exactly: phi(x) = [sqrt(a_0), sqrt(a_1) x], so <phi(x), phi(y)> = a_0 + a_1 <x, y>.
+
+    Shape: x (..., D) -> (..., D + 1).
+    """
+    constant = x.new_full((*x.shape[:-1], 1), math.sqrt(kernel.coefficient(0)))
+    return torch.cat([constant, math.sqrt(kernel.coefficient(1)) * x], dim=-1)
+
+
+def elu_features(x: Tensor) -> Tensor:
+    """phi(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, equation 7). Shape: (..., D) -> (..., D)."""
+    return F.elu(x) + 1.0
+
+
+@dataclass(frozen=True)
+class RandomMaclaurin:
+    """Random Maclaurin features of a dot-product kernel (Kar & Karnick 2012, arXiv 1201.6530, algorithm 1).
+
+    phi_i(x) = weight_i prod_{r <= n_i} <w_ir, x>, with w_ir Rademacher and weight_i = sqrt(a_n / expected number
+    of features of degree n), so that E <phi(x), phi(y)> = f(<x, y>) = sum_n a_n <x, y>^n.
+
+    Degrees are drawn once for all heads, largest first; the directions of each key head are its own. The
+    directions of one rank r stand together, so that a block needs one matrix product and few multiplications.
+
+    Args:
+        degrees: degree n_i of each feature, in descending order.
+        weights: scale of each feature.
+    """
+
+    degrees: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def num_directions(self) -> int:
+        """Rademacher vectors per head: the sum of the degrees."""
+        return sum(self.degrees)
+
+    def counts_by_rank(self) -> list[int]:
+        """How many features have degree >= 1, >= 2, and so on."""
+        return [sum(degree >= rank for degree in self.degrees) for rank in range(1, max(self.degrees, default=0) + 1)]
+
+    def columns(self, directions: Tensor, scale: float) -> Tensor:
+        """The matrix that a block is multiplied with: directions with weights and scale^(1/2) folded in.
+
+        Features of degree 0 get a column of zeros beside the first rank, to be filled with their constant.
+
+        Shape: directions (Hk, D, sum of degrees) -> (Hk, D, M + sum of degrees - features of degree >= 1).
+        """
+        counts = self.counts_by_rank()
+        first = counts[0] if counts else 0
+        weights = torch.tensor(self.weights[:first], dtype=directions.dtype, device=directions.device)
+        constant = directions.new_zeros(*directions.shape[:-1], len(self.degrees) - first)
+        return torch.cat([directions[..., :first] * weights, constant, directions[..., first:]], dim=-1) * scale**0.5
+
+    def __call__(self, x: Tensor, columns: Tensor) -> Tensor:
+        """x (B, H, n, D) and what ``columns`` returned -> features (B, H, n, M)."""
+        counts, m = self.counts_by_rank(), len(self.degrees)
+        projected = per_key_head(x, columns)
+        product, higher = projected[..., :m], projected[..., m:].split(counts[1:], dim=-1)
+        first = counts[0] if counts else 0
+        constants = product.new_tensor(self.weights[first:])
+        if torch.is_grad_enabled() and product.requires_grad:
+            powers = product[..., :first]
+            for rank in higher:
+                more = rank.shape[-1]
+                powers = torch.cat([powers[..., :more] * rank, powers[..., more:]], dim=-1)
+            return torch.cat([powers, constants.expand(*powers.shape[:-1], m - first)], dim=-1)
+        for rank in higher:
+            product[..., : rank.shape[-1]].mul_(rank)
+        product[..., first:] = constants
+        return product
+
+
+@dataclass(frozen=True)
+class DegreeLaw:
+    """How the degrees of random Maclaurin features are drawn.
+
+    Args:
+        draw: (M, generator) -> M degrees, in any order.
+        expected: (n, M) -> expected number of features of degree n, by which a_n is divided.
+    """
+
+    draw: Callable[[int, torch.Generator | None], list[int]]
+    expected: Callable[[int, int], float]
+
+    def features(self, kernel: Kernel, degrees: Iterable[int]) -> RandomMaclaurin:
+        """The map for degrees that were drawn from this law: weight sqrt(a_n / expected(n, M))."""
+        ordered = tuple(sorted(degrees, reverse=True))
+        m = len(ordered)
+        return RandomMaclaurin(ordered, tuple(math.sqrt(kernel.coefficient(n) / self.expected(n, m)) for n in ordered))
+
+
+def _draw_published(num_features: int, generator: torch.Generator | None) -> list[int]:
+    probabilities = torch.tensor([2.0**-n for n in range(1, _PUBLISHED_MAX_DEGREE + 1)], dtype=torch.float64)
+    drawn = torch.multinomial(probabilities, num_features - 1, replacement=True, generator=generator)
+    return [0, *(int(n) + 1 for n in drawn)]
+
+
+def _draw_kar_karnick(num_features: int, generator: torch.Generator | None) -> list[int]:
+    # P(U < 2^-n) = 2^-n = P(degree >= n): the binary exponent of a uniform number is geometric
+    uniform = torch.rand(num_features, dtype=torch.float64, generator=generator)
+    return [int(n) for n in (-torch.log2(uniform.clamp_min(2.0**-60))).floor()]
+
+
+def _expected_published(n: int, num_features: int) -> float:
+    return 1.0 if n == 0 else 2.0**-n / (1.0 - 2.0**-_PUBLISHED_MAX_DEGREE) * (num_features - 1)
+
+
+DEGREE_LAWS: dict[str, DegreeLaw] = {
+    "published": DegreeLaw(_draw_published, _expected_published),
+    "kar_karnick": DegreeLaw(_draw_kar_karnick, lambda n, m: 2.0 ** -(n + 1) * m),
+}
+"""published: the authors' code, one exact constant and degrees 1 to 20 with P(n) proportional to 2^-n for the other
+M - 1; the terms above degree 20 are never drawn (below 1e-19 for exp at t = 1). kar_karnick: every degree n >= 0 with
+P(n) = 2^-(n+1), Kar & Karnick's law with p = 2; unbiased."""
+
+
+def rademacher(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Independent signs, +1 or -1 with probability 1/2 each, as float32."""
+    return torch.randint(0, 2, shape, generator=generator).to(torch.float32) * 2 - 1
+
+
+def random_fourier_features(x: Tensor, frequencies: Tensor) -> Tensor:
+    """phi(x) = sqrt(2 / M) [sin(Wx), cos(Wx)] with M / 2 frequencies W, rows normal: E = exp(-|x - y|^2 / 2).
+
+    Shape: x (B, H, n, D), frequencies (Hk, D, M / 2) -> (B, H, n, M).
+    Source: Rahimi & Recht 2007; Peng et al. 2021, arXiv 2103.02143, section 2.
+    """
+    angles = per_key_head(x, frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1) * (1.0 / math.sqrt(frequencies.shape[-1]))
+
+
+def log_positive_features(x: Tensor, directions: Tensor) -> Tensor:
+    """Logarithm of positive features: log phi(x) = Wx - |x|^2 / 2 - log(M) / 2, so that E <phi(x), phi(y)> = exp(<x, y>).
+
+    Shape: x (B, H, n, D), directions (Hk, D, M) -> (B, H, n, M).
+    Source: Choromanski et al. 2021, arXiv 2009.14794, lemma 1.
+    """
+    square = 0.5 * (x * x).sum(-1, keepdim=True) + 0.5 * math.log(directions.shape[-1])
+    return per_key_head(x, directions) - square
+
+
+def orthogonal_directions(num_heads: int, head_dim: int, num: int, generator: torch.Generator | None) -> Tensor:
+    """Normal vectors that are orthogonal in blocks of head_dim, with independent chi-distributed lengths.
+
+    Shape: (num_heads, head_dim, num). Each column is distributed as a standard normal vector.
+    Source: Yu et al. 2016 (orthogonal random features); Choromanski et al. 2021, section 2.4.
+    """
+    blocks: list[Tensor] = []
+    for start in range(0, num, head_dim):
+        width = min(head_dim, num - start)
+        normal = torch.randn(num_heads, head_dim, head_dim, generator=generator, dtype=torch.float64)
+        q, r = torch.linalg.qr(normal)
+        q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1))[..., None, :]  # uniform over rotations
+        lengths = torch.randn(num_heads, head_dim, width, generator=generator, dtype=torch.float64).norm(dim=-2)
+        blocks.append(q[..., :width] * lengths[..., None, :])
+    return torch.cat(blocks, dim=-1).to(torch.float32)

@@ -1,0 +1,110 @@
+"""Normalisations of q and k before the features, and of out after the contraction: unit norm and ppSBN."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .contract import accumulation_dtype
+
+_EPS = 1e-6
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension; a zero vector stays zero."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_EPS)
+
+
+def token_standardise(x: Tensor) -> Tensor:
+    """ppSBN's first half with per-token statistics: (x - mean) / sqrt(var + eps) over the channels, then unit norm."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred * centred).mean(-1, keepdim=True)
+    return unit_norm(centred * torch.rsqrt(variance + _EPS))
+
+
+class BatchStatistics(nn.Module):
+    """Mean and variance of each channel of each head over batch and positions, as in batch normalisation.
+
+    (x - mean) / sqrt(var + eps), then unit norm. In train mode the statistics are those of the batch, masked
+    positions left out and summed over all ranks of torch.distributed, and the running statistics move by
+    ``momentum``; in eval mode the running statistics are used. They start at mean 0 and variance 1.
+
+    Shape: x (B, H, N, D); buffers running_mean, running_var (H, D).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_heads: int, head_dim: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("running_mean", torch.zeros(num_heads, head_dim))
+        self.register_buffer("running_var", torch.ones(num_heads, head_dim))
+
+    def of(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and variance (H, D) to use for x; in train mode also moves the running statistics."""
+        if not self.training:
+            return self.running_mean, self.running_var
+        mean, variance = batch_moments(x, mask)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+        return mean, variance
+
+    @torch.no_grad()
+    def set_from(self, x: Tensor, mask: Tensor | None) -> None:
+        """Set the running statistics to those of x."""
+        mean, variance = batch_moments(x, mask)
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
+
+
+def batch_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of x (B, H, N, D) over batch and attended positions; each (H, D).
+
+    Over several ranks the counts and sums of all of them enter, and gradients flow back to each.
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    weight = wide.new_ones(wide.shape[0], wide.shape[2]) if mask is None else mask.to(wide.dtype)
+    count = weight.sum()
+    total = torch.einsum("bhnd,bn->hd", wide, weight)
+    count, total = _sum_over_ranks(count), _sum_over_ranks(total)
+    mean = total / count.clamp_min(1)
+    centred = wide - mean[:, None]
+    square = _sum_over_ranks(torch.einsum("bhnd,bn->hd", centred * centred, weight))
+    return mean, square / count.clamp_min(1)
+
+
+def batch_standardise(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """ppSBN's first half with given statistics (H, D): (x - mean) / sqrt(var + eps), then unit norm."""
+    return unit_norm((x - mean[:, None].to(x.dtype)) * torch.rsqrt(variance[:, None].to(x.dtype) + _EPS))
+
+
+class PostScale(nn.Module):
+    """ppSBN's second half: out <- gamma x (x^2 + eps)^((beta - 1) / 2), gamma and beta learned per head.
+
+    This is gamma sign(x) |x|^beta with a smooth root: exact at beta = 1 (the start), odd, and with a finite
+    gradient at 0 for every beta, where |x|^beta with beta < 1 has none.
+
+    Source: Guo 2024 (arXiv 2408.11656), ppSBN; deviation: the sign and the smooth root, as said.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(num_heads))
+        self.beta = nn.Parameter(torch.ones(num_heads))
+
+    def forward(self, out: Tensor) -> Tensor:
+        """Out (B, H, N, Dv) -> same shape and dtype."""
+        wide = out.to(accumulation_dtype(out.dtype))
+        gamma, beta = (p.to(wide.dtype)[:, None, None] for p in (self.gamma, self.beta))
+        return (gamma * wide * (wide * wide + _EPS).pow((beta - 1.0) / 2.0)).to(out.dtype)
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(x)

@@ -1,0 +1,63 @@
+"""Counting what the denominator policy guarded, only where somebody asks.
+
+Counting needs the numbers on the host, which would make every forward wait for the device. So
+``forward`` counts only inside ``with guarded() as counts:``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class GuardCounts:
+    """Output rows seen inside one ``guarded()`` block, and how many had a bad denominator.
+
+    Attributes:
+        rows: output rows (batch x heads x queries) that attend to at least one key.
+        negative: rows whose denominator was negative, so that some weights have the wrong sign.
+        guarded: rows whose denominator was too small to divide by and was replaced.
+    """
+
+    rows: int = 0
+    negative: int = 0
+    guarded: int = 0
+
+
+_active: list[GuardCounts] = []
+
+
+@contextmanager
+def guarded() -> Iterator[GuardCounts]:
+    """Count rows with guarded or negative denominators of every contraction inside the block.
+
+    Example:
+        >>> with maclin.guarded() as counts:
+        ...     out = mech(q, k, v)
+        >>> counts.guarded / counts.rows
+    """
+    counts = GuardCounts()
+    _active.append(counts)
+    try:
+        yield counts
+    finally:
+        _active.remove(counts)
+
+
+def asked() -> bool:
+    """Whether anybody is counting."""
+    return bool(_active)
+
+
+def count(empty: Tensor, negative: Tensor, small: Tensor) -> None:
+    """Add one batch of rows to every open count."""
+    totals = torch.stack([(~empty).sum(), (negative & ~empty).sum(), (small & ~empty).sum()]).tolist()
+    for counts in _active:
+        counts.rows += int(totals[0])
+        counts.negative += int(totals[1])
+        counts.guarded += int(totals[2])

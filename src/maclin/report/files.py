@@ -1,0 +1,162 @@
+"""Reports on disk: checked before the work, written whole or not at all, read back with clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..records import SCHEMA_VERSION, Report, from_json, to_json
+from . import words
+from .html import render_html
+from .markdown import render_markdown
+
+NAMES = ("report.html", "report.md", "report.json")
+"""The files that ``write_report`` makes."""
+
+
+def check_out_dir(out_dir: str | Path, force: bool = False) -> Path:
+    """Whether a report can be written there, asked before any long work; creates nothing.
+
+    Args:
+        out_dir: directory of the report; it may not exist yet.
+        force: whether an earlier report may be replaced.
+
+    Returns:
+        The directory as a path.
+
+    Raises:
+        NotADirectoryError: the path, or a part of it, is a file.
+        FileExistsError: a report is there already, and ``force`` is False; or one of its names is a directory.
+        PermissionError: the directory cannot be written to.
+    """
+    out_dir = Path(out_dir)
+    nearest = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(
+            f"wanted a directory for the report, but {nearest} is a file; choose another directory"
+        )
+    for name in NAMES:
+        if (out_dir / name).is_dir():
+            raise FileExistsError(f"wanted to write {out_dir / name}, which is a directory; choose another directory")
+    existing = [name for name in NAMES if os.path.lexists(out_dir / name)]
+    if existing and not force:
+        raise FileExistsError(
+            f"{out_dir} already holds {', '.join(existing)}; choose another directory, or pass --force to replace "
+            f"{'it' if len(existing) == 1 else 'them'}"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"wanted to write the report to {out_dir}, but {nearest} is not writable; choose another")
+    return out_dir
+
+
+def write_report(report: Report, out_dir: str | Path, *, force: bool = False) -> dict[str, Path]:
+    """Write ``report.html``, ``report.md`` and ``report.json``: all three, or none.
+
+    Everything is rendered first, then written to temporary files beside the targets, then renamed. Whatever
+    interrupts it, Ctrl-C included, earlier files are put back and temporary ones removed.
+
+    Args:
+        report: what was found.
+        out_dir: directory; made if it is not there.
+        force: replace an earlier report.
+
+    Returns:
+        The paths by the keys ``html``, ``md`` and ``json``.
+
+    Raises:
+        FileExistsError: a report is there already, and ``force`` is False.
+        NotADirectoryError: the path is a file.
+        PermissionError: the directory cannot be written to.
+        OSError: no space left for the report, or another failure of the disk; one sentence.
+    """
+    texts = {"report.html": render_html(report), "report.md": render_markdown(report), "report.json": to_json(report)}
+    contents = {name: text.encode("utf-8") for name, text in texts.items()}
+    out_dir = check_out_dir(out_dir, force)
+    made = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with _all_or_nothing(out_dir, contents) as temporaries:
+            for name, temporary in temporaries.items():
+                with temporary.open("xb") as file:
+                    file.write(contents[name])
+                    file.flush()
+                    os.fsync(file.fileno())
+    except BaseException as error:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # only what was made here and is empty
+        if isinstance(error, OSError):
+            raise _sentence(error, out_dir, sum(map(len, contents.values()))) from error
+        raise
+    return {name.rpartition(".")[2]: out_dir / name for name in NAMES}
+
+
+def load_report(path: str | Path) -> Report:
+    """Read a ``report.json`` back.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a directory; the message names the file in it, if there is one.
+        PermissionError: it cannot be read.
+        ValueError: not JSON, not a report, or a report of another schema.
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = path / "report.json"
+        hint = f"pass {inside}" if inside.is_file() else "pass the path of a report.json"
+        raise IsADirectoryError(f"wanted a report.json, got the directory {path}; {hint}")
+    try:
+        return from_json(Report, path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"wanted a report.json, but there is no {path}; check the path") from error
+    except PermissionError as error:
+        raise PermissionError(f"wanted to read {path}, but may not; change its permissions") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: wanted a report.json in UTF-8, got other bytes; check the path") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a report of schema {SCHEMA_VERSION}: {error}") from error
+
+
+@contextlib.contextmanager
+def _all_or_nothing(out_dir: Path, contents: dict[str, bytes]) -> Iterator[dict[str, Path]]:
+    """Yields temporary paths by name; renames them on success, and undoes everything on any exception."""
+    tag = secrets.token_hex(4)
+    temporaries = {name: out_dir / f".{name}.{tag}.tmp" for name in contents}
+    backups = {name: out_dir / f".{name}.{tag}.old" for name in contents}
+    earlier = {name for name in contents if os.path.lexists(out_dir / name)}
+    renaming = False
+    try:
+        yield temporaries
+        renaming = True  # from here on every temporary file exists, or has become its target
+        for name in contents:
+            if name in earlier:
+                os.replace(out_dir / name, backups[name])
+            os.replace(temporaries[name], out_dir / name)
+    except BaseException:
+        for name in contents:
+            if os.path.lexists(backups[name]):
+                os.replace(backups[name], out_dir / name)
+            elif renaming and name not in earlier and not temporaries[name].exists():
+                (out_dir / name).unlink(missing_ok=True)
+            temporaries[name].unlink(missing_ok=True)
+        raise
+    for backup in backups.values():
+        backup.unlink(missing_ok=True)
+
+
+def _sentence(error: OSError, out_dir: Path, needed: int) -> OSError:
+    """The same error with one sentence that says what to do; the kind of the error is kept."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = f"no space left for the report in {out_dir}: it needs {words.size(needed)}; free some, or choose another"
+    else:
+        text = f"the report could not be written to {out_dir} ({error.strerror or error}); choose another directory"
+    clear = type(error)(text)
+    clear.errno = error.errno
+    return clear
