@@ -23,7 +23,7 @@ from maclin.core.statistics import guarded
 from maclin.records import Audit, Config, HeadStatistics, LayerAudit, MechanismError
 
 DRAWS = 3
-"""Independent draws of a random mechanism; its error is the root mean square over them."""
+"""Independent draws of a random mechanism: batches take turns with them, and its error is that over all batches."""
 
 FEW_DOCUMENTS, FEW_TOKENS = 16, 4096
 """Below either, the audit carries a warning."""
@@ -133,7 +133,8 @@ class _Candidate:
     config: Config
     draws: list[nn.Module] = field(default_factory=list)
     reason: str | None = None
-    squared: Tensor | None = None  # (H,), summed over draws
+    squared: Tensor | float = 0.0  # (H,)
+    calls: int = 0
     rows: int = 0
     guarded: int = 0
     negative: int = 0
@@ -144,26 +145,25 @@ class _Candidate:
         dtype = torch.promote_types(call.q.dtype, torch.float32)
         q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
         options: dict[str, Any] = {"key_mask": call.key_mask, "is_causal": call.is_causal, "scale": call.scale}
-        for mechanism in self.draws:
-            mechanism.to(device=q.device, dtype=dtype)
-            try:
-                with guarded() as counts:
-                    out = mechanism(q, k, v, **options)
-            except MaclinError as error:
-                self.reason = str(error)
-                return
-            error = _squares(out - exact, real)
-            self.squared = error if self.squared is None else self.squared + error
-            self.rows += counts.rows
-            self.guarded += counts.guarded
-            self.negative += counts.negative
+        mechanism = self.draws[self.calls % len(self.draws)].to(device=q.device, dtype=dtype)
+        try:
+            with guarded() as counts:
+                out = mechanism(q, k, v, **options)
+        except MaclinError as error:
+            self.reason = str(error)
+            return
+        self.calls += 1
+        self.squared += _squares(out - exact, real)
+        self.rows += counts.rows
+        self.guarded += counts.guarded
+        self.negative += counts.negative
 
     def result(self, exact: Tensor) -> MechanismError:
-        if self.reason is None and self.squared is not None and not bool(torch.isfinite(self.squared).all()):
+        squared = torch.as_tensor(self.squared)
+        if self.reason is None and not bool(torch.isfinite(squared).all()):
             self.reason = "its output is not finite on these documents"
-        if self.reason is not None or self.squared is None:
-            return MechanismError(self.name, self.config, None, reason=self.reason or "not measured")
-        squared = self.squared / len(self.draws)
+        if self.reason is not None:
+            return MechanismError(self.name, self.config, None, reason=self.reason)
         shares = (self.guarded / self.rows, self.negative / self.rows) if self.rows else (None, None)
         return MechanismError(self.name, self.config, *_relative(squared, exact), *shares)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from maclin.adopt.hosts.base import AttentionCall
 
-_BLOCK_NUMBERS = 2**24
-"""Numbers of the attention matrix that exist at once: 64 MiB in float32, a few times over."""
+_BLOCK_NUMBERS = 2**22
+"""Numbers of the attention matrix that exist at once: 16 MiB in float32, small enough for most caches."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,20 @@ def exact_attention(call: AttentionCall) -> ExactAttention:
     """Exact attention of a captured call, in float32 or better, a block of queries at a time."""
     q, k, v = heads_repeated(call)
     batch, heads, n, _ = q.shape
-    scale = actual_scale(call)
+    q = q * actual_scale(call)
     block = max(1, _BLOCK_NUMBERS // max(1, batch * heads * k.shape[2]))
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for start in range(0, n, block):
-        stop = min(start + block, n)
-        allowed = allowed_keys(call, start, stop)[:, None]
-        logits = (q[:, :, start:stop] * scale) @ k.transpose(-1, -2)
-        hidden = logits.masked_fill(~allowed, float("-inf"))
-        weights = hidden.softmax(-1).nan_to_num(0.0)  # a row that may attend to nothing
+        allowed = allowed_keys(call, start, min(start + block, n))[:, None]
+        logits = (q[:, :, start : start + block] @ k.transpose(-1, -2)).masked_fill_(~allowed, 0.0)
         attended = allowed.sum(-1)
-        kept = logits.masked_fill(~allowed, 0.0)
-        entropy = torch.logsumexp(hidden, -1) - (weights * kept).sum(-1)
         many = attended.clamp_min(1)
-        mean = kept.sum(-1) / many
-        spread = (kept - mean[..., None]).square().masked_fill(~allowed, 0.0).sum(-1) / many
-        parts.append((weights @ v, entropy, spread.sqrt(), attended[:, 0]))
+        mean = logits.sum(-1) / many
+        std = (logits.square().sum(-1) / many - mean.square()).clamp_min(0.0).sqrt()
+        weights = logits.masked_fill(~allowed, float("-inf")).softmax(-1)
+        weights = weights.masked_fill_(attended[..., None] == 0, 0.0)  # a row that may attend to nothing
+        entropy = torch.special.entr(weights).sum(-1)
+        parts.append((weights @ v, entropy, std, attended[:, 0]))
     out, entropy, logit_std = (torch.cat([part[i] for part in parts], dim=2) for i in range(3))
     return ExactAttention(out, entropy, logit_std, torch.cat([part[3] for part in parts], dim=1))
 

@@ -5,6 +5,7 @@ from .break_even import break_even, growth_exponent
 from .environment import environment
 from .fidelity import EmbeddingFidelity, embedding_fidelity
 from .memory import MemoryTracker, free_bytes, largest_intermediate, peak_bytes
+from .oracle import oracle_check
 from .sweep import sweep
 from .timing import TimingStats, interleaved
 
@@ -19,6 +20,7 @@ __all__ = [
     "growth_exponent",
     "interleaved",
     "largest_intermediate",
+    "oracle_check",
     "peak_bytes",
     "sweep",
     "sweep_attention",

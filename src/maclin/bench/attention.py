@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 
 from maclin.records import Timing
 
+from .oracle import oracle_check
 from .sweep import sweep
 
 BASELINE = "softmax"
@@ -20,6 +23,7 @@ def sweep_attention(
     lengths: Iterable[int],
     *,
     num_heads: int = 8,
+    num_kv_heads: int | None = None,
     head_dim: int = 64,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
@@ -31,7 +35,7 @@ def sweep_attention(
     progress: Callable[[str], None] | None = None,
     seed: int = 0,
 ) -> list[Timing]:
-    """Measure mechanisms on q, k and v (batch, num_heads, length, head_dim) of standard normal numbers.
+    """Measure mechanisms on q (batch, num_heads, length, head_dim) and k and v (batch, num_kv_heads, ...) of standard normal numbers.
 
     ``torch.nn.functional.scaled_dot_product_attention`` is measured beside them as "softmax", unless
     ``mechanisms`` brings its own.
@@ -40,6 +44,7 @@ def sweep_attention(
         mechanisms: by name, what is called with q, k and v; modules are measured in eval mode if they are in it.
         lengths: tokens of q, k and v alike.
         num_heads: H.
+        num_kv_heads: Hk (default H).
         head_dim: D, numbers.
         batch: B.
         dtype: of q, k and v.
@@ -47,23 +52,27 @@ def sweep_attention(
         seconds_per_point: wall time for the runs of one mechanism at one length.
         max_seconds_per_run: longest single run that is still started; 10 times ``seconds_per_point`` by default.
         memory_limit_bytes: for q, k, v and the computation; 80 % of what is free by default.
-        check: mechanism -> None, or in one sentence what is wrong with its results.
+        check: mechanism -> None, or in one sentence what is wrong with its results; ``oracle_check`` by default.
         progress: is told, in words, what is being done.
         seed: of q, k and v.
 
     Returns:
         Records of scope "attention", for each length and mechanism, ordered by length.
     """
+    if check is None:
+        check = functools.partial(oracle_check, dtype=dtype, device=device)
+    key_heads = num_heads if num_kv_heads is None else num_kv_heads
     if BASELINE not in mechanisms:
-        mechanisms = {BASELINE: F.scaled_dot_product_attention, **mechanisms}
+        grouped = partial(F.scaled_dot_product_attention, enable_gqa=num_heads != key_heads)
+        mechanisms = {BASELINE: grouped, **mechanisms}
 
     def make_inputs(length: int) -> tuple[Tensor, ...]:
         generator = torch.Generator(device).manual_seed(seed)
-        shape = (batch, num_heads, length, head_dim)
-        return tuple(torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(3))
+        shapes = ((batch, heads, length, head_dim) for heads in (num_heads, key_heads, key_heads))
+        return tuple(torch.randn(shape, generator=generator, dtype=dtype, device=device) for shape in shapes)
 
     def input_bytes(length: int) -> int:  # q, k, v and out
-        return 4 * batch * num_heads * length * head_dim * dtype.itemsize
+        return 2 * batch * (num_heads + key_heads) * length * head_dim * dtype.itemsize
 
     return sweep(
         mechanisms,

@@ -33,6 +33,7 @@ def sweep(
     make_inputs: Callable[[int], Sequence[object]],
     *,
     scope: str,
+    before: Mapping[str, Callable[[], object]] | None = None,
     device: torch.device | str = "cpu",
     input_bytes: Callable[[int], int] | None = None,
     seconds_per_point: float = 2.0,
@@ -54,6 +55,7 @@ def sweep(
         lengths: tokens; measured in ascending order.
         make_inputs: length -> the arguments of a subject.
         scope: of the records, "attention" or "model".
+        before: what to call before each run of a subject, neither timed nor counted as memory.
         device: where the subjects compute.
         input_bytes: length -> bytes of the inputs, asked before they are made.
         seconds_per_point: wall time for the runs of one subject at one length.
@@ -81,7 +83,7 @@ def sweep(
             wrong = check(subject)
             if wrong is not None:
                 refused[name] = wrong
-    runner = _Runner(scope, device, seconds_per_point, clock, say)
+    runner = _Runner(scope, before or {}, device, seconds_per_point, clock, say)
     history = {name: _History() for name in subjects}
     timings: list[Timing] = []
     for length in lengths:
@@ -113,6 +115,7 @@ class _Runner:
     """Measures what is known to fit; the arguments are those of ``sweep``."""
 
     scope: str
+    before: Mapping[str, Callable[[], object]]
     device: torch.device | str
     seconds_per_point: float
     clock: Callable[[], float]
@@ -137,8 +140,10 @@ class _Runner:
         slow: list[str] = []
         for name, call in calls.items():
             self.say(f"{name} at {length}: first run")
-            start = self.clock()
             try:
+                if name in self.before:
+                    self.before[name]()
+                start = self.clock()
                 peaks[name] = peak_bytes(call, self.device)
             except (CapabilityError, RuntimeError) as error:
                 rows |= self._failed([name], length, error)
@@ -160,6 +165,7 @@ class _Runner:
         try:
             stats = interleaved(
                 calls,
+                before=self.before,
                 min_runs=min(3, max_runs),
                 max_runs=max_runs,
                 max_seconds=self.seconds_per_point * len(calls),

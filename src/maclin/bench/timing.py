@@ -24,6 +24,7 @@ class TimingStats:
 def interleaved(
     subjects: Mapping[str, Callable[[], object]],
     *,
+    before: Mapping[str, Callable[[], object]] | None = None,
     min_runs: int = 5,
     max_runs: int = 100,
     max_seconds: float = 10.0,
@@ -41,6 +42,7 @@ def interleaved(
 
     Args:
         subjects: what to time, by name; each is called without arguments.
+        before: what to call before each run of a subject, not timed; brings one object into different states.
         min_runs: runs of each subject at least, whatever the time.
         max_runs: runs of each subject at most.
         max_seconds: wall time of all runs together, the warm-up left out.
@@ -61,6 +63,7 @@ def interleaved(
             f"warm_up={warm_up}"
         )
     names = list(subjects)
+    prepare = before or {}
     latencies_ms: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
@@ -68,13 +71,13 @@ def interleaved(
     try:
         with torch.inference_mode():
             for name in names * warm_up:
-                _seconds_of(subjects[name], device, clock)
+                _seconds_of(subjects[name], prepare.get(name), device, clock)
             start = clock()
             last = start
             for round_number in range(max_runs if names else 0):
                 shift = round_number % len(names)
                 for name in names[shift:] + names[:shift]:
-                    latencies_ms[name].append(1e3 * _seconds_of(subjects[name], device, clock))
+                    latencies_ms[name].append(1e3 * _seconds_of(subjects[name], prepare.get(name), device, clock))
                 now = clock()
                 if round_number + 1 >= min_runs and now + (now - last) - start > max_seconds:
                     break
@@ -89,8 +92,15 @@ def interleaved(
     return stats
 
 
-def _seconds_of(subject: Callable[[], object], device: torch.device | str, clock: Callable[[], float]) -> float:
+def _seconds_of(
+    subject: Callable[[], object],
+    before: Callable[[], object] | None,
+    device: torch.device | str,
+    clock: Callable[[], float],
+) -> float:
     """Wall time of one call, in seconds, until its device has finished."""
+    if before is not None:
+        before()
     _synchronize(device)
     start = clock()
     result = subject()

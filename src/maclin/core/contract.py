@@ -20,10 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import statistics
 
@@ -47,6 +49,7 @@ class Features:
         log_gate: block of k (B, Hk, n, D) -> log g <= 0 (B, Hk, n): the sums before a key are multiplied by
             its g, the key's own features by 1 - g (causal only).
         block_width: numbers per token that making the features needs, if more than M.
+        post: block of out (B, H, n, Dv) -> the same shape, applied last.
     """
 
     query: Callable[[Tensor], Tensor]
@@ -56,6 +59,7 @@ class Features:
     normaliser: str = "sum"
     log_gate: Callable[[Tensor], Tensor] | None = None
     block_width: int = 0
+    post: Callable[[Tensor], Tensor] | None = None
 
 
 class Sums(NamedTuple):
@@ -68,7 +72,7 @@ class Sums(NamedTuple):
     kv: Tensor
     z: Tensor
     log_scale: Tensor
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] -- tuple.count is not needed here
 
 
 class Reading(NamedTuple):
@@ -105,12 +109,12 @@ def per_key_head(x: Tensor, weight: Tensor) -> Tensor:
 def empty_sums(k: Tensor, v: Tensor, features: Features) -> Sums:
     """The sums of no keys: zero, with log_scale minus infinity."""
     batch, key_heads, m = k.shape[0], k.shape[1], features.num_features
-    like = {"dtype": accumulation_dtype(v.dtype), "device": v.device}
+    like = v.new_empty(0, dtype=accumulation_dtype(v.dtype))
     return Sums(
-        torch.zeros(batch, key_heads, m, v.shape[-1], **like),
-        torch.zeros(batch, key_heads, m, **like),
-        torch.full((batch, key_heads, m if features.log_domain else 0), -torch.inf, **like),
-        torch.zeros(batch, **like),
+        like.new_zeros(batch, key_heads, m, v.shape[-1]),
+        like.new_zeros(batch, key_heads, m),
+        like.new_full((batch, key_heads, m if features.log_domain else 0), -torch.inf),
+        like.new_zeros(batch),
     )
 
 
@@ -168,30 +172,34 @@ def read(q: Tensor, sums: Sums, features: Features) -> Reading:
     return Reading(per_key_head(weights, kv), denominator, denominator, top)
 
 
-def combine(a: Reading, b: Reading) -> Reading:
-    """Two readings of disjoint sets of keys under one normaliser."""
-    if a.log_scale is None and b.log_scale is None:
-        return Reading(a.numerator + b.numerator, a.denominator + b.denominator, a.magnitude + b.magnitude)
-    zero = torch.zeros_like(a.denominator)
-    scale_a = zero if a.log_scale is None else a.log_scale
-    scale_b = zero if b.log_scale is None else b.log_scale
-    # a side that attends to nothing must not set the scale: its own says nothing
-    scale_a = scale_a.masked_fill(a.magnitude == 0, -torch.inf)
-    scale_b = scale_b.masked_fill(b.magnitude == 0, -torch.inf)
-    top = _finite(torch.maximum(scale_a, scale_b))
-    w_a, w_b = (scale_a - top).exp(), (scale_b - top).exp()
+def combine(*parts: Reading) -> Reading:
+    """Readings of disjoint sets of keys under one normaliser."""
+    if all(part.log_scale is None for part in parts):
+        numerators, denominators, magnitudes = zip(*(part[:3] for part in parts), strict=True)
+        return Reading(_total(numerators), _total(denominators), _total(magnitudes))
+    scales: list[Tensor] = []
+    for part in parts:
+        scale = torch.zeros_like(part.denominator) if part.log_scale is None else part.log_scale
+        # a part that attends to nothing must not set the scale: its own says nothing
+        scales.append(scale.masked_fill(part.magnitude == 0, -torch.inf))
+    top = scales[0]
+    for scale in scales[1:]:
+        top = torch.maximum(top, scale)
+    weights = [_exp_difference(scale, top) for scale in scales]
+    pairs = list(zip(parts, weights, strict=True))
     return Reading(
-        a.numerator * w_a[..., None] + b.numerator * w_b[..., None],
-        a.denominator * w_a + b.denominator * w_b,
-        a.magnitude * w_a + b.magnitude * w_b,
-        top,
+        _total(part.numerator * weight[..., None] for part, weight in pairs),
+        _total(part.denominator * weight for part, weight in pairs),
+        _total(part.magnitude * weight for part, weight in pairs),
+        _finite(top),
     )
 
 
-def finish(reading: Reading, dtype: torch.dtype) -> Tensor:
-    """numerator / denominator under the denominator policy; rows that attend to nothing give 0."""
+def finish(reading: Reading) -> Tensor:
+    """numerator / denominator under the denominator policy, in float32 or 64; rows that attend to nothing give 0."""
     denominator, magnitude = reading.denominator, reading.magnitude
-    floor = magnitude * (8 * torch.finfo(denominator.dtype).eps)
+    limits = torch.finfo(denominator.dtype)
+    floor = (magnitude * (8 * limits.eps)).clamp_min(limits.tiny)
     small = denominator.abs() < floor
     negative = denominator < 0
     empty = magnitude == 0
@@ -199,8 +207,7 @@ def finish(reading: Reading, dtype: torch.dtype) -> Tensor:
         statistics.count(empty, negative, small)
     safe = torch.where(small, torch.where(negative, -floor, floor), denominator)
     safe = torch.where(empty, torch.ones_like(safe), safe)
-    out = reading.numerator / safe[..., None]
-    return out.to(dtype)
+    return reading.numerator / safe[..., None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor | None) -> Tensor:
@@ -215,11 +222,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor
 
 def read_all(q: Tensor, sums: Sums, features: Features, v: Tensor) -> Tensor:
     """All queries read the sums, block by block; v gives out its dtype and width."""
-    parts = (
-        finish(read(q[:, :, start:stop], sums, features), v.dtype)
-        for start, stop in _blocks(q.shape[-2], q.shape[0] * q.shape[1], features)
-    )
-    return _gather(parts, q, v)
+    out = _Out(q, v, features)
+    for start, stop in _blocks(q.shape[-2], q.shape[0] * q.shape[1], features):
+        out.add(read(q[:, :, start:stop], sums, features))
+    return out.whole()
 
 
 def attend_causal(
@@ -239,7 +245,7 @@ def attend_causal(
     if offset:
         prefix_mask = None if key_mask is None else key_mask[:, :offset]
         total = accumulate(k[:, :, :offset], v[:, :, :offset], features, prefix_mask, total)
-    parts: list[Tensor] = []
+    out = _Out(q, v, features)
     for start in range(0, q.shape[-2], _CHUNK):
         stop = min(start + _CHUNK, q.shape[-2])
         keys = slice(offset + start, offset + stop)
@@ -248,14 +254,13 @@ def attend_causal(
         phi_k = _key_features(k_chunk, mask, features)
         log_gate = _log_gate(k_chunk, mask, features)
         phi_q = features.query(_wide(q[:, :, start:stop]))
-        causal = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).tril_()
         if features.log_domain:
-            reading = _log_chunk(phi_q, phi_k, v_chunk, total, causal, features)
+            reading = _log_chunk(phi_q, phi_k, v_chunk, total, features)
         else:
-            reading = _linear_chunk(phi_q, phi_k, v_chunk, total, causal, mask, log_gate, features)
-        parts.append(finish(reading, v.dtype))
+            reading = _linear_chunk(phi_q, phi_k, v_chunk, total, mask, log_gate, features)
+        out.add(reading)
         total = _absorb(total, phi_k, v_chunk, mask, log_gate)
-    return _gather(parts, q, v), total
+    return out.whole(), total
 
 
 def _linear_chunk(
@@ -263,18 +268,18 @@ def _linear_chunk(
     phi_k: Tensor,  # (B, Hk, C, M)
     v: Tensor,  # (B, Hk, C, Dv)
     sums: Sums,
-    causal: Tensor,  # (C, C) bool, True = attend
     mask: Tensor | None,  # (B, C)
     log_gate: Tensor | None,  # (B, Hk, C)
     features: Features,
 ) -> Reading:
-    similarity = per_key_head(phi_q, phi_k.mT).masked_fill(~causal, 0.0)
+    later = torch.ones(phi_q.shape[-2], phi_q.shape[-2], dtype=torch.bool, device=phi_q.device).triu_(1)
+    similarity = per_key_head(phi_q, phi_k.mT).masked_fill(later, 0.0)
     keys = torch.ones_like(v[:, 0, :, 0]) if mask is None else mask.to(v.dtype)
     count = (sums.count[:, None] + keys.cumsum(-1))[:, None].expand(phi_q.shape[:-1])
     kv, z = sums.kv, sums.z
     if log_gate is not None:
         passed = log_gate.cumsum(-1)  # log of the product of gates up to and including each position
-        decay = (passed[..., :, None] - passed[..., None, :]).masked_fill(~causal, -torch.inf).exp()
+        decay = (passed[..., :, None] - passed[..., None, :]).masked_fill(later, -torch.inf).exp()
         weight = decay * -torch.expm1(log_gate)[..., None, :]
         similarity = similarity * _grouped(weight, phi_q.shape[1])
         phi_q = phi_q * _grouped(passed, phi_q.shape[1])[..., None].exp()
@@ -290,7 +295,6 @@ def _log_chunk(
     log_k: Tensor,  # (B, Hk, C, M)
     v: Tensor,  # (B, Hk, C, Dv)
     sums: Sums,
-    causal: Tensor,  # (C, C)
     features: Features,
 ) -> Reading:
     heads = log_q.shape[1]
@@ -301,19 +305,52 @@ def _log_chunk(
         log_z = torch.cat([known[..., None, :], log_k], dim=-2).logcumsumexp(-2)[..., 1:, :]
         log_q = log_q - _finite(_grouped(log_z, heads))
     scaled = log_q + _grouped(sums.log_scale, heads)[..., None, :]
-    before_top = _top(scaled, -1)
-    weights = (scaled - before_top[..., None]).exp()
+    top = _top(scaled, -1)
+    weights = (scaled - top[..., None]).exp()
     denominator = per_key_head(weights, sums.z[..., None])[..., 0]
-    before = Reading(per_key_head(weights, sums.kv), denominator, denominator, before_top)
-    # A scale per key and one per query, not per feature: a later key can then never push an earlier row to zero
-    q_top, k_top = _top(log_q, -1), log_k.detach().amax(-1)
-    seen = _finite(k_top.cummax(-1).values)  # (B, Hk, C)
-    lift = (k_top[..., None, :] - seen[..., :, None]).masked_fill(~causal, -torch.inf).exp()
-    similarity = per_key_head((log_q - q_top[..., None]).exp(), (log_k - _finite(k_top)[..., None]).exp().mT)
-    similarity = similarity * _grouped(lift, heads)
-    denominator = similarity.sum(-1)
-    within = Reading(per_key_head(similarity, v), denominator, denominator, q_top + _grouped(seen, heads))
-    return combine(before, within)
+    parts = [Reading(per_key_head(weights, sums.kv), denominator, denominator, top)]
+    # Every query reads its own key, then, in blocks of 1, 2, 4 ... keys, every second block the one before it. So each
+    # block of keys has a scale per feature, as sums have, and a later key can never push an earlier row to zero.
+    own = log_q + _grouped(log_k, heads)
+    top = _top(own, -1)
+    weight = (own - top[..., None]).exp().sum(-1)
+    parts.append(Reading(weight[..., None] * _grouped(v, heads), weight, weight, top))
+    length, size = log_q.shape[-2], 1
+    pad = (1 << (length - 1).bit_length()) - length  # to a power of 2
+    if pad:
+        log_q, v = F.pad(log_q, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
+        log_k = F.pad(log_k, (0, 0, 0, pad), value=-torch.inf)
+    while size < length:
+        parts.append(_block_before(log_q, log_k, v, size, length))
+        size *= 2
+    return combine(*parts)
+
+
+def _block_before(
+    log_q: Tensor,  # (B, H, C, M), C a power of 2
+    log_k: Tensor,  # (B, Hk, C, M)
+    v: Tensor,  # (B, Hk, C, Dv)
+    size: int,
+    length: int,
+) -> Reading:
+    """What queries of every second block of ``size`` tokens read from the block before theirs; the others nothing.
+
+    Returns the readings of the first ``length`` queries.
+    """
+
+    def blocks(x: Tensor, which: int) -> Tensor:  # (B, Hk, heads of a group, C / (2 size), size, R)
+        return x.unflatten(1, (v.shape[1], -1)).unflatten(3, (-1, 2, size))[..., which, :, :]
+
+    def rows(x: Tensor) -> Tensor:  # what blocks returned -> (B, H, length, R)
+        return F.pad(x, (0, 0, size, 0)).flatten(3, 4).flatten(1, 2)[:, :, :length]
+
+    query, key = blocks(log_q, 1), blocks(log_k, 0)
+    log_scale = _finite(key.detach().amax(-2, keepdim=True))
+    scaled = query + log_scale
+    top = _finite(scaled.detach().amax(-1, keepdim=True))
+    similarity = (scaled - top).exp() @ (key - log_scale).exp().mT
+    denominator = rows(similarity.sum(-1, keepdim=True))[..., 0]
+    return Reading(rows(similarity @ blocks(v, 0)), denominator, denominator, rows(top)[..., 0])
 
 
 def _linear_reading(phi: Tensor, kv: Tensor, z: Tensor, count: Tensor, features: Features) -> Reading:
@@ -363,6 +400,10 @@ def _grouped(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
+def _total(tensors: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
 
@@ -387,15 +428,30 @@ def _blocks(length: int, rows: int, features: Features) -> Sequence[tuple[int, i
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 
 
-def _gather(parts: Iterable[Tensor], q: Tensor, v: Tensor) -> Tensor:
-    shape = (*q.shape[:-1], v.shape[-1])
-    if torch.is_grad_enabled():
-        # writing into slices would make each block's backward copy the whole gradient
-        tensors = list(parts)
-        return torch.cat(tensors, dim=-2) if tensors else v.new_zeros(shape)
-    out = v.new_empty(shape)
-    start = 0
-    for part in parts:
-        out[..., start : start + part.shape[-2], :] = part
-        start += part.shape[-2]
-    return out
+class _Out:
+    """out (B, H, N, Dv), filled block by block."""
+
+    def __init__(self, q: Tensor, v: Tensor, features: Features) -> None:
+        self._like = v
+        self._shape = (*q.shape[:-1], v.shape[-1])
+        self._post = features.post
+        # with gradients, writing into slices would make each block's backward copy the whole gradient
+        self._parts: list[Tensor] = []
+        self._whole = None if torch.is_grad_enabled() else v.new_empty(self._shape)
+        self._filled = 0
+
+    def add(self, reading: Reading) -> None:
+        block = finish(reading)
+        if self._post is not None:
+            block = self._post(block)
+        if self._whole is None:
+            self._parts.append(block.to(self._like.dtype))
+            return
+        stop = self._filled + block.shape[-2]
+        self._whole[..., self._filled : stop, :] = block
+        self._filled = stop
+
+    def whole(self) -> Tensor:
+        if self._whole is not None:
+            return self._whole
+        return torch.cat(self._parts, dim=-2) if self._parts else self._like.new_zeros(self._shape)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .contract import per_key_head
 from .kernels import Kernel
@@ -31,7 +30,8 @@ def taylor_features(x: Tensor, kernel: Kernel) -> Tensor:
 
 def elu_features(x: Tensor) -> Tensor:
     """phi(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, equation 7). Shape: (..., D) -> (..., D)."""
-    return F.elu(x) + 1.0
+    # elu(x) + 1 as such has no digit left below -17 in float32, and 0 for all features of a query leaves no weights
+    return torch.where(x > 0, x + 1.0, x.clamp(max=0.0).exp())
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def random_fourier_features(x: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def log_positive_features(x: Tensor, directions: Tensor) -> Tensor:
-    """Logarithm of positive features: log phi(x) = Wx - |x|^2 / 2 - log(M) / 2, so that E <phi(x), phi(y)> = exp(<x, y>).
+    """Logarithm of positive features: log phi(x) = Wx - |x|^2 / 2 - log(M) / 2, with E <phi(x), phi(y)> = exp(<x, y>).
 
     Shape: x (B, H, n, D), directions (Hk, D, M) -> (B, H, n, M).
     Source: Choromanski et al. 2021, arXiv 2009.14794, lemma 1.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .errors import CapabilityError, InputError
-from .mechanisms import Mechanism, mechanism as build
+from .mechanisms import Mechanism, row
+from .mechanisms import mechanism as build
 
 
 def attention(
@@ -62,6 +63,11 @@ def attention(
     if isinstance(mechanism, Mechanism):
         if options:
             raise InputError(f"attention: options {sorted(options)} are for a named mechanism, got a built one")
+        if dropout_p:
+            raise CapabilityError(
+                f"attention: dropout_p={dropout_p} with a built mechanism; pass dropout_p=0, or build "
+                "maclin.mechanism('softmax', dropout_p=...)"
+            )
         built = mechanism
     else:
         if mechanism == "softmax":
@@ -81,9 +87,7 @@ def attention(
 
 
 def _seeded(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    from .mechanisms import row
-
-    if not row(name).random or options.get("generator") is not None:
+    if not row(name).takes_generator or options.get("generator") is not None:
         return options
     return {**options, "generator": torch.Generator().manual_seed(0)}
 
@@ -93,11 +97,11 @@ def _key_mask(attn_mask: Tensor | None, key: Tensor) -> Tensor | None:
         return None
     batch, length = key.shape[0], key.shape[2]
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    over_keys = len(shape) == 4 and shape[1] == 1 and shape[2] == 1 and shape[3] == length and shape[0] in (1, batch)
+    over_keys = len(shape) == 4 and shape[0] in (1, batch) and shape[1:3] == (1, 1) and shape[3] in (1, length)
     if attn_mask.dtype != torch.bool or not over_keys:
         raise CapabilityError(
-            f"attention: attn_mask has shape {tuple(attn_mask.shape)} and dtype {attn_mask.dtype}; a mechanism of linear "
-            f"cost takes bool masks over keys only, ({batch}, 1, 1, {length}); for others use "
+            f"attention: attn_mask has shape {tuple(attn_mask.shape)} and dtype {attn_mask.dtype}; a mechanism of "
+            f"linear cost takes bool masks over keys only, ({batch}, 1, 1, {length}); for others use "
             "torch.nn.functional.scaled_dot_product_attention"
         )
     return attn_mask.reshape(shape)[:, 0, 0].expand(batch, length)

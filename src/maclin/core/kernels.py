@@ -7,6 +7,7 @@ Macformer; a sixth needs no registration: pass a ``Kernel`` wherever a name is t
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from .errors import OptionError
 
 _CHECKED_DEGREES = 64  # random degrees beyond this have probability below 2^-64
+_MAX_DEGREES = 10_000  # of a series that is summed
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,36 @@ class Kernel:
         """f(t), elementwise; the series is summed until its terms vanish where there is no closed form.
 
         Raises:
-            OptionError: the series has not converged after 10,000 terms at the largest |t|.
+            OptionError: the series has not converged after 10,000 degrees at the largest |t|.
         """
         if self.closed_form is not None:
             return self.closed_form(t)
-        largest = float(t.abs().max()) if t.numel() else 0.0
-        terms = [self.coefficient(0)]
-        while len(terms) < 10_000:
-            terms.append(self.coefficient(len(terms)))
-            tail = max(abs(a) * largest ** (len(terms) - 1 - i) for i, a in enumerate(reversed(terms[-4:])))
-            if len(terms) >= 8 and tail < 1e-18:
+        largest = float(t.detach().abs().max()) if t.numel() else 0.0
+        coefficients: list[float] = []
+        last = 0  # the last degree whose term is not negligible
+        for n in range(_MAX_DEGREES):
+            coefficients.append(float(self.coefficient(n)))
+            if not _negligible(coefficients[n], n, largest):
+                last = n
+            # many kernels have only even terms, some only a few: as many again must vanish
+            if n >= max(2 * last, _CHECKED_DEGREES - 1):
+                if 0 < coefficients[last] < sys.float_info.min:
+                    break  # what follows has vanished by underflow, not by convergence
                 total = torch.zeros_like(t)
-                for a in reversed(terms):
+                for a in reversed(coefficients[: last + 1]):
                     total = total * t + a
                 return total
         raise OptionError(
-            f"kernel {self.name!r}: the series has not converged at |t| = {largest:g}; wanted |t| < {self.radius:g}"
+            f"kernel {self.name!r}: the series has not converged at |t| = {largest:g}; wanted a smaller |t|, below "
+            f"{self.radius:g}, or a kernel with a closed_form"
         )
 
+
+def _negligible(coefficient: float, degree: int, largest: float) -> bool:
+    """Whether a_n |t|^n < 1e-18, in logarithms, which do not overflow."""
+    if coefficient == 0 or largest == 0:
+        return coefficient == 0 or degree > 0
+    return math.log(coefficient) + degree * math.log(largest) < math.log(1e-18)
 
 
 def _sqrt_coefficient(n: int) -> float:

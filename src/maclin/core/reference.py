@@ -110,15 +110,13 @@ def gated_attention(phi_q: Tensor, phi_k: Tensor, v: Tensor, gate: Tensor, key_m
 
 def weighted_values(similarity: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     """sum_j s_ij v_j / sum_j s_ij over allowed pairs; 0 where there are none."""
-    similarity = similarity * allowed
+    similarity = similarity.masked_fill(~allowed, 0.0)  # a product would keep the NaN of a pair outside the domain
     total = similarity.sum(-1, keepdim=True)
     nothing = ~allowed.any(-1, keepdim=True)
     return (similarity @ v / torch.where(nothing, 1.0, total)).masked_fill(nothing, 0.0)
 
 
-def allowed_pairs(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, is_causal: bool, window: int | None = None
-) -> Tensor:
+def allowed_pairs(q: Tensor, k: Tensor, key_mask: Tensor | None, is_causal: bool, window: int | None = None) -> Tensor:
     """(B or 1, 1, N, S) bool: which query may attend to which key."""
     rows = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
     columns = torch.arange(k.shape[2], device=q.device)[None, :]
@@ -129,8 +127,6 @@ def allowed_pairs(
         allowed = allowed & ((columns - rows).abs() <= window)
     allowed = allowed[None, None]
     return allowed if key_mask is None else allowed & key_mask[:, None, None, :]
-
-
 
 
 def _expand(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

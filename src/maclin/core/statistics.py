@@ -6,7 +6,7 @@ Counting needs the numbers on the host, which would make every forward wait for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ _active: list[GuardCounts] = []
 
 
 @contextmanager
-def guarded() -> Iterator[GuardCounts]:
+def guarded() -> Generator[GuardCounts]:
     """Count rows with guarded or negative denominators of every contraction inside the block.
 
     Example:
@@ -46,7 +46,8 @@ def guarded() -> Iterator[GuardCounts]:
     try:
         yield counts
     finally:
-        _active.remove(counts)
+        # by identity: nested blocks that have counted the same are equal, but not one
+        _active[:] = [other for other in _active if other is not counts]
 
 
 def asked() -> bool:

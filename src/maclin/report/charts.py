@@ -8,7 +8,7 @@ from typing import Any
 
 from ..records import Report, Timing
 from . import curves, words
-from .tables import audited, mechanism_labels
+from .tables import errors_by_key, mechanism_labels
 from .verdict import GO_COSINE
 
 Figure = dict[str, Any]
@@ -139,8 +139,10 @@ def _audit(report: Report) -> Figure | None:
         return None
     names = mechanism_labels(report.audit)
     rows = []
-    for i, layer in enumerate(layers):
-        rows.append([_finite(layer.uniform_rel_error), *(_finite(audited(report.audit, key, i)) for key in names)])
+    for layer in layers:
+        found = errors_by_key(layer, names)
+        errors = [found[key].rel_error if key in found else None for key in names]
+        rows.append([_finite(layer.uniform_rel_error), *map(_finite, errors)])
     columns = ["uniform", *(html.escape(name, quote=False) for name in names.values())]
     trace = {
         "type": "heatmap",
@@ -167,7 +169,7 @@ def _audit(report: Report) -> Figure | None:
 
 
 def _line(axis: str, value: float, colour: str) -> Figure:
-    line = {"type": "line", "line": {"color": colour, "width": 1.2, "dash": "dash"}, "layer": "below"}
+    line = {"type": "line", "line": {"color": colour, "width": 1.8, "dash": "dash"}}
     if axis == "x":
         return {**line, "x0": value, "x1": value, "xref": "x", "y0": 0, "y1": 1, "yref": "paper"}
     return {**line, "y0": value, "y1": value, "yref": "y", "x0": 0, "x1": 1, "xref": "paper"}

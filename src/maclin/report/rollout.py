@@ -83,8 +83,8 @@ def rollout_stages(
         ),
         RolloutStage(
             "full",
-            "The converted model answers everything; the original stays at hand, and a sample is still compared. Stored embeddings are made anew, "
-            "so that index and queries come from one model.",
+            "The converted model answers everything; the original stays at hand, and a sample is still compared. "
+            "Stored embeddings are made anew, so that index and queries come from one model.",
             1.0,
             (below, *cost, _task()),
             "this is the last stage; make this report again when the model, the machine or the documents change",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..records import Audit, MechanismError, Report, Timing
+from ..records import Audit, LayerAudit, MechanismError, Report, Timing
 from . import curves, words
 
 NONE = "-"
@@ -112,19 +112,21 @@ def audit_table(audit: Audit) -> Table:
     names = mechanism_labels(audit)
     body, missing = [], []
     for layer in audit.layers:
-        found = {_key(error, names): error for error in layer.errors}
+        found = errors_by_key(layer, names)
         cells = []
         for key in names:
             error = found.get(key)
             if error is None or error.rel_error is None:
                 cells.append(NONE)
-                reason = layer.refused if error is None else error.reason
-                missing.append((f"{names[key]} on {layer.layer}", reason or "not audited"))
+                if not layer.refused:
+                    missing.append((f"{names[key]} on {layer.layer}", error.reason if error else "not audited"))
             else:
                 worse = layer.uniform_rel_error is not None and error.rel_error > layer.uniform_rel_error
                 cells.append(("* " if worse else "") + words.figure(error.rel_error))
         uniform = NONE if layer.uniform_rel_error is None else words.figure(layer.uniform_rel_error)
         body.append((layer.layer, uniform, *cells))
+        if layer.refused:
+            missing.append((layer.layer, layer.refused))
     notes = [*_reasons(missing)]
     if any(cell.startswith("*") for row in body for cell in row):
         notes.insert(0, "* worse than uniform, that is, than averaging all values.")
@@ -262,10 +264,9 @@ def label(error: MechanismError) -> str:
     return f"{error.mechanism}{_config(error.config)}"
 
 
-def audited(audit: Audit, key: str, row: int) -> float | None:
-    """The error of the mechanism of that column key on the layer of that row, or None."""
-    names = mechanism_labels(audit)
-    return next((e.rel_error for e in audit.layers[row].errors if _key(e, names) == key), None)
+def errors_by_key(layer: LayerAudit, names: dict[str, str]) -> dict[str, MechanismError]:
+    """The errors of a layer by the column keys of ``mechanism_labels``."""
+    return {_key(error, names): error for error in layer.errors}
 
 
 def _key(error: MechanismError, names: dict[str, str]) -> str:

@@ -16,7 +16,7 @@ def milliseconds(value: float | None) -> str:
     """
     if value is None or not math.isfinite(value):
         return MISSING
-    return f"{value / 1000:.3g} s" if value >= 999.5 else f"{_three(value)} ms"
+    return f"{_three(value / 1000)} s" if value >= 999.5 else f"{_three(value)} ms"
 
 
 def size(value: float | None) -> str:
@@ -78,5 +78,6 @@ def _three(value: float) -> str:
     """Three significant digits, never in powers of ten for what is plainly readable."""
     if value == 0:
         return "0"
+    value = float(f"{value:.3g}") if abs(value) < 1000 else value
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:.{min(decimals, 6)}f}"

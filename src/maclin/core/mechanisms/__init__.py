@@ -55,6 +55,11 @@ class Row:
         return self.cls.causal
 
     @property
+    def takes_generator(self) -> bool:
+        """Whether the constructor takes a ``generator``: for features, or for the start of what is learned."""
+        return "generator" in inspect.signature(self.cls).parameters
+
+    @property
     def options(self) -> dict[str, Any]:
         """Names of the options beyond the sizes, with their defaults."""
         parameters = inspect.signature(self.cls).parameters.values()
@@ -118,7 +123,7 @@ def mechanism(
         >>> out = mech(q, k, v, key_mask=mask)
     """
     found = row(name)
-    known = [*found.options, *(["generator"] if "generator" in inspect.signature(found.cls).parameters else [])]
+    known = [*found.options, *(["generator"] if found.takes_generator else [])]
     unknown = [option for option in options if option not in known]
     if unknown:
         raise OptionError(f"{name} has no option {unknown[0]!r}; known are {', '.join(known) or 'none'}")

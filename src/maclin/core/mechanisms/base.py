@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract import Features, Sums, attend, attend_causal, empty_sums
 from ..errors import CapabilityError, InputError, OptionError
 from ..kernels import Kernel
+from ..norms import WideBuffers
 
 State = tuple[Tensor, ...]
 
 
-class Mechanism(nn.Module, ABC):
+class Mechanism(WideBuffers, ABC):
     """Attention from q, k and v to out, under one call contract.
 
     Args:
@@ -85,13 +86,30 @@ class Mechanism(nn.Module, ABC):
             return_state: also return the state after the last key (causal only).
 
         Returns:
-            out (B, H, N, Dv) in v's dtype; with ``return_state`` the pair of out and the state, a flat tuple
-            of tensors with the batch first. A query that may attend to nothing gives 0.
+            out (B, H, N, Dv) in v's dtype (under autocast, in autocast's); with ``return_state`` the pair of out and
+            the state, a flat tuple of tensors with the batch first. A query that may attend to nothing gives 0.
 
         Raises:
             InputError: shapes, dtypes or devices that do not fit; the message says which were wanted.
             CapabilityError: the mechanism lacks what was asked for; the message names one that has it.
         """
+        device = q.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # as torch's own attention: inputs in autocast's dtype; without this the sums would be in it, too
+            dtype = torch.get_autocast_dtype(device)
+            q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+            with torch.autocast(device, enabled=False):
+                return self.forward(
+                    q,
+                    k,
+                    v,
+                    key_mask=key_mask,
+                    is_causal=is_causal,
+                    scale=scale,
+                    cu_seqlens=cu_seqlens,
+                    state=state,
+                    return_state=return_state,
+                )
         self.check_inputs(q, k, v, key_mask)
         self._check_call(q, k, is_causal, scale, state is not None or return_state)
         if cu_seqlens is not None:
@@ -120,17 +138,6 @@ class Mechanism(nn.Module, ABC):
     def calibrated(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Mechanism:
         """A copy with whatever it learns from data set from q, k and v; here nothing."""
         return copy.deepcopy(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mechanism:
-        # A draw that is rounded to half precision is another draw, and a biased one: buffers move between devices
-        # with the module, but never become narrower than float32.
-        kept = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if moved is not None and buffer.is_floating_point() and moved.dtype.itemsize < 4:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
     def extra_repr(self) -> str:
         """Sizes and options."""
@@ -165,11 +172,14 @@ class Mechanism(nn.Module, ABC):
             )
         if q.device != k.device or q.device != v.device:
             raise InputError(f"{self.name}: q, k, v are on {q.device}, {k.device}, {v.device}; wanted one device")
-        if key_mask is not None and (key_mask.shape != (k.shape[0], k.shape[2]) or key_mask.dtype != torch.bool):
+        if key_mask is None:
+            return
+        if key_mask.shape != (k.shape[0], k.shape[2]) or key_mask.dtype != torch.bool or key_mask.device != k.device:
             raise InputError(
-                f"{self.name}: key_mask has shape {tuple(key_mask.shape)} and dtype {key_mask.dtype}; wanted "
-                f"({k.shape[0]}, {k.shape[2]}) bool with True = attend"
+                f"{self.name}: key_mask has shape {tuple(key_mask.shape)} and dtype {key_mask.dtype} on "
+                f"{key_mask.device}; wanted ({k.shape[0]}, {k.shape[2]}) bool with True = attend on {k.device}"
             )
+
     def _check_call(
         self,
         q: Tensor,
@@ -213,18 +223,19 @@ class Mechanism(nn.Module, ABC):
     ) -> Tensor:
         if state is not None or return_state:
             raise CapabilityError(f"{self.name}: cu_seqlens and state exclude each other; call once per sequence")
-        bounds = [int(b) for b in cu_seqlens.tolist()]
+        bounds = [int(b) for b in cu_seqlens.flatten().tolist()]
         if (
             cu_seqlens.dim() != 1
             or cu_seqlens.is_floating_point()
             or len(bounds) < 2
             or bounds[0] != 0
             or bounds[-1] != k.shape[2]
-            or any(a > b for a, b in zip(bounds, bounds[1:], strict=False))
+            or any(a > b for a, b in pairwise(bounds))
         ):
+            shown = bounds if len(bounds) < 9 else [*bounds[:4], "...", *bounds[-4:]]
             raise InputError(
-                f"{self.name}: cu_seqlens is {bounds if len(bounds) < 9 else [*bounds[:4], '...', *bounds[-4:]]}; wanted "
-                f"ascending integers from 0 to the number of tokens, {k.shape[2]}"
+                f"{self.name}: cu_seqlens is {shown} with shape {tuple(cu_seqlens.shape)} and dtype "
+                f"{cu_seqlens.dtype}; wanted one row of ascending integers from 0 to the number of tokens, {k.shape[2]}"
             )
         if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
             raise InputError(
@@ -240,7 +251,7 @@ class Mechanism(nn.Module, ABC):
                 is_causal=is_causal,
                 scale=scale,
             )
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            for a, b in pairwise(bounds)
             if b > a
         ]
         tensors = [part for part in parts if isinstance(part, Tensor)]

@@ -8,7 +8,7 @@ from .base import FeatureMechanism
 
 
 class Elu(FeatureMechanism):
-    """Linear attention with phi(x) = elu(x) + 1; ``scale`` multiplies q and is 1 by default, since the formula has none.
+    """Linear attention with phi(x) = elu(x) + 1; ``scale`` multiplies q, 1 by default since the formula has none.
 
     Cost: (N + S) x D x (Dv + 1) multiply-adds per head.
     Source: Katharopoulos et al. 2020, arXiv 2006.16236, equations 6 and 7; deviations: none.

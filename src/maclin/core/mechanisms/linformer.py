@@ -82,16 +82,17 @@ class Linformer(Mechanism):
         self.projection = projection
         self.sharing = sharing
         self.config = {"seq_len": seq_len, "proj_len": proj_len, "projection": projection, "sharing": sharing}
-        self.E: nn.Parameter | None = None
-        self.F: nn.Parameter | None = None
+        e = f = None
         if projection == "learned" and seq_len is not None:
             heads = self.num_kv_heads if sharing == "none" else 1
             shape = (heads, proj_len, seq_len)
             if shared is not None and shared.shape != shape:
                 raise OptionError(f"linformer: shared has shape {tuple(shared.shape)}; wanted {shape}")
-            self.E = _initial(shape, generator) if shared is None else shared
+            e = _initial(shape, generator) if shared is None else shared
             # E = F in the two modes that share between keys and values
-            self.F = _initial(shape, generator) if sharing in ("none", "headwise") else None
+            f = _initial(shape, generator) if sharing in ("none", "headwise") else None
+        self.E: nn.Parameter | None = e
+        self.F: nn.Parameter | None = f
 
     def _bidirectional(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
         if self.seq_len is not None and k.shape[2] > self.seq_len:
@@ -128,9 +129,10 @@ class Linformer(Mechanism):
         segment = segment.masked_fill(~mask, self.proj_len)  # masked keys go to a slot that is dropped
         weight = mask.to(k.dtype)
         if self.projection == "conv":
-            width = count / self.proj_len
-            start = (segment * count / self.proj_len).ceil()  # rank of the segment's first key
-            phase = (rank - start + 0.5) / width.clamp_min(1.0).ceil()
+            # in integers: in float32 a rank above 2^24 is not exact
+            width = (count + self.proj_len - 1).div(self.proj_len, rounding_mode="floor").clamp_min(1)
+            start = (segment * count + self.proj_len - 1).div(self.proj_len, rounding_mode="floor")  # its first rank
+            phase = (rank - start + 0.5) / width
             weight = weight * torch.sin(math.pi * phase.clamp(0.0, 1.0)).square().clamp_min(1e-3)
         mass = k.new_zeros(batch, self.proj_len + 1).scatter_add_(1, segment, weight)[:, :-1]
         if self.projection == "max-pool":
@@ -166,7 +168,5 @@ def _segment_max(x: Tensor, segment: Tensor, slots: int) -> Tensor:
 def _slot_attention(q: Tensor, slots_k: Tensor, slots_v: Tensor, used: Tensor, scale: float) -> Tensor:
     """Exact softmax over the slots in use (B, k); samples without any give 0."""
     allowed = used[:, None, None, :]
-    out = fused_attention(
-        q.to(slots_k.dtype), slots_k, slots_v, allowed, scale=scale
-    )
+    out = fused_attention(q.to(slots_k.dtype), slots_k, slots_v, allowed, scale=scale)
     return out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)

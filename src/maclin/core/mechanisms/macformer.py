@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -78,8 +78,8 @@ class Macformer(FeatureMechanism):
         self.kernel = kernel_of(kernel)
         if ppsbn is False and math.isfinite(self.kernel.radius):
             raise OptionError(
-                f"macformer: kernel {self.kernel.name!r} is defined for |t| < {self.kernel.radius:g} only, and ppsbn=False "
-                "lets any t through; pass ppsbn='token' or 'batch', or kernel='exp'"
+                f"macformer: kernel {self.kernel.name!r} is defined for |t| < {self.kernel.radius:g} only, and "
+                "ppsbn=False lets any t through; pass ppsbn='token' or 'batch', or kernel='exp'"
             )
         self.num_features = num_features
         self.estimator = estimator
@@ -143,7 +143,7 @@ class Macformer(FeatureMechanism):
             return phi(norm_k(k))
 
         m = self.head_dim + 1 if self.estimator == "taylor" else self.num_features
-        return Features(query, key, m, block_width=width)
+        return Features(query, key, m, block_width=width, post=self.post)
 
     def calibrated(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Mechanism:
         """A copy whose running statistics (ppsbn="batch") are those of q and k."""
@@ -178,8 +178,7 @@ class Macformer(FeatureMechanism):
         return self.q_statistics.of(q, _query_mask(q, k, key_mask)), self.k_statistics.of(k, key_mask)
 
     def _bidirectional(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-        out = attend(q, k, v, self.features(scale, self._moments(q, k, key_mask)), key_mask)
-        return out if self.post is None else self.post(out)
+        return attend(q, k, v, self.features(scale, self._moments(q, k, key_mask)), key_mask)
 
     def _causal(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, state: State | None
@@ -189,17 +188,32 @@ class Macformer(FeatureMechanism):
                 "macformer: ppsbn='batch' cannot be trained with is_causal=True, because statistics over time let the "
                 "past see the future; pass ppsbn='token'"
             )
-        out, new_state = super()._causal(q, k, v, key_mask, scale, state)
-        return (out if self.post is None else self.post(out)), new_state
+        return super()._causal(q, k, v, key_mask, scale, state)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         # another draw has other degrees, and with them other shapes: take them over before the tensors are copied
-        degrees = state_dict.get(prefix + "degrees")
-        if self._map is not None and isinstance(degrees, Tensor) and degrees.shape == self.degrees.shape:
+        degrees, directions = (state_dict.get(prefix + key) for key in ("degrees", "directions"))
+        if (
+            self._map is not None
+            and isinstance(degrees, Tensor)
+            and degrees.shape == self.degrees.shape
+            and directions is not None
+        ):
             self._map = DEGREE_LAWS[self.estimator].features(self.kernel, (int(n) for n in degrees))
             shape = (self.num_kv_heads, self.head_dim, self._map.num_directions)
             self.directions = self.directions.new_empty(shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def _query_mask(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor | None:

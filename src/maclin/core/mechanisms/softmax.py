@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..fused import fused_attention
 from ..errors import InputError, OptionError
+from ..fused import fused_attention
 from .base import Mechanism, State
 
 _QUERY_BLOCK = 1024  # queries per call where a mask over queries and keys must be built
@@ -64,9 +64,7 @@ class Softmax(Mechanism):
             parts.append(self._sdpa(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], allowed, False, scale))
         return torch.cat(parts, dim=2) if parts else v.new_zeros(*q.shape[:-1], v.shape[-1]), new_state
 
-    def _sdpa(
-        self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, is_causal: bool, scale: float
-    ) -> Tensor:
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, is_causal: bool, scale: float) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
         out = fused_attention(q, k, v, allowed, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
         # a row that may attend to nothing: 0, whichever fused kernel was chosen

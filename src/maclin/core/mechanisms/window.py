@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..fused import fused_attention
 from ..errors import InputError, OptionError
+from ..fused import fused_attention
 from .base import Mechanism, State
 
 
@@ -52,7 +52,10 @@ class Window(Mechanism):
                     f"window: state has shapes {[tuple(a.shape) for a in state]}; wanted {wanted} and a mask: pass "
                     "what this mechanism returned for this batch"
                 )
-            k, v, mask = (torch.cat([old, new], dim=-1 if old.dim() == 2 else 2) for old, new in zip(state, (k, v, mask), strict=True))
+            k, v, mask = (
+                torch.cat([old, new], dim=-1 if old.dim() == 2 else 2)
+                for old, new in zip(state, (k, v, mask), strict=True)
+            )
         return self._banded(q, k, v, mask, scale, 0), self._tail(k, v, mask)
 
     def _tail(self, k: Tensor, v: Tensor, mask: Tensor) -> State:
@@ -65,9 +68,7 @@ class Window(Mechanism):
             pad(mask[:, max(mask.shape[1] - self.window, 0) :], (missing, 0)),
         )
 
-    def _banded(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, ahead: int
-    ) -> Tensor:
+    def _banded(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, ahead: int) -> Tensor:
         length, total = q.shape[2], k.shape[2]
         block = max(2 * self.window, 64)  # as many queries as they share keys beyond the band
         offset = total - length

@@ -1,0 +1,66 @@
+"""The application: its commands, and how errors reach a person."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import maclin
+
+from . import console
+from .mechanisms import mechanisms
+from .poc import poc
+from .roi import roi
+
+app = typer.Typer(
+    name="maclin",
+    help="Linear-complexity attention for Transformers, and in numbers what it costs and saves.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(poc)
+app.command()(roi)
+app.command()(mechanisms)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"maclin {maclin.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and leave with its status: 0, 1 for a failure, 2 for a wrong call, 130 after Ctrl-C.
+
+    An error is one sentence on stderr; ``--debug``, anywhere, shows the traceback.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        app([argument for argument in given if argument != "--debug"] or ["--help"], standalone_mode=False)
+    except (typer.Exit, SystemExit) as leaving:
+        sys.exit(getattr(leaving, "exit_code", getattr(leaving, "code", 0)))
+    except (KeyboardInterrupt, typer.Abort):
+        console.error("interrupted; nothing was written")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(console.explain(error))

@@ -1,0 +1,104 @@
+"""``maclin poc``: the main job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..core.errors import OptionError
+from . import console
+
+if TYPE_CHECKING:
+    from ..records import Report
+
+DEFAULT_LENGTHS = "128,256,512,1024,2048,4096,8192,16384"
+
+
+def poc(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Directory that transformers or sentence-transformers can load; by default the packaged "
+            "all-MiniLM-L6-v2. Nothing is downloaded.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Documents (.txt, .md, .jsonl) or directories of them; may be given several times. Default: "
+                     "the help texts that ship with Python."),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens at which attention is measured, by commas; the model up to its own limit.")
+    ] = DEFAULT_LENGTHS,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest relative error of a layer's attention output that the plan accepts.")
+    ] = 0.1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("poc-report"),
+    max_documents: Annotated[int, typer.Option(help="Use at most so many documents; half are held out.")] = 64,
+    seconds_per_point: Annotated[float, typer.Option(help="Time to spend on each latency.")] = 0.5,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier report.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies no progress.")] = False,
+) -> None:
+    """Judge a model: what linear attention would cost it in accuracy, and save in time and memory.
+
+    Writes report.html, report.md and report.json into the directory of --out.
+    """
+    from ..poc import ProofOfConcept, run
+    from ..report import check_out_dir, write_report
+
+    check_out_dir(out, force)
+    job = ProofOfConcept(
+        model=model,
+        data=data,
+        lengths=_lengths(lengths),
+        tolerance=tolerance,
+        device=device,
+        max_documents=max_documents,
+        seconds_per_point=seconds_per_point,
+    )
+    if quiet or as_json:
+        report = run(job)
+    else:
+        with console.Bars() as bars:
+            report = run(job, bars)
+    paths = write_report(report, out, force=force)
+    if as_json:
+        console.out.print(json.dumps(_summary(report, paths), indent=2), markup=False)
+    elif not quiet:
+        _print(report, paths)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part.strip().replace("_", "")) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise OptionError(f"wanted --lengths as whole numbers with commas, such as 128,1024,8192, got {text!r}") from None
+
+
+def _summary(report: Report, paths: dict[str, Path]) -> dict[str, object]:
+    verdict = report.verdict
+    return {
+        "decision": verdict.decision,
+        "reason": verdict.reason,
+        "recommended_num_linear": verdict.recommended_num_linear,
+        "num_layers": len(report.plan.rows),
+        "linear_share_within_tolerance": report.plan.linear_share,
+        "pays_from_length": verdict.pays_from_length,
+        "warnings": [*report.warnings, *report.data.warnings],
+        "files": {kind: str(path) for kind, path in paths.items()},
+    }
+
+
+def _print(report: Report, paths: dict[str, Path]) -> None:
+    colour = {"go": "green", "go-after-healing": "yellow"}.get(report.verdict.decision, "red")
+    for warning in (*report.data.warnings, *report.warnings):
+        console.err.print(f"warning: {warning}", markup=False)
+    console.out.print(f"[bold {colour}]{report.verdict.decision}[/]")
+    console.out.print(report.verdict.reason, markup=False, soft_wrap=False)
+    console.out.print(f"Report: {paths['html']}", markup=False)
