@@ -25,7 +25,7 @@ FLOOR = {
     "cli": 4,
 }
 FOR_ALL = {"records", "_version"}  # imported by all, import nothing of ours
-ABOVE_ALL = {"", "__main__", "testing"}  # the front door and the conformance checks; no room imports them
+ABOVE_ALL = {"", "__main__", "testing"}  # the front door and the conformance checks; only the command may enter there
 HOST_LIBRARIES = {"transformers", "sentence_transformers", "timm"}
 
 
@@ -107,7 +107,7 @@ def wrong_import(name: str, room: str, module: str, top: str) -> str | None:
     if target in FOR_ALL:
         return None
     if target in ABOVE_ALL:
-        return f"{room} imports {module}, which stands above every room"
+        return None if room == "cli" else f"{room} imports {module}, which stands above every room"
     if target not in FLOOR:
         return f"{room} imports {module}, which is in no room"
     if room == "report" and target != "report":
@@ -185,6 +185,7 @@ def test_a_sound_tree_passes(tmp_path: Path) -> None:
             "report/words.py": "",
             "poc/__init__.py": "from maclin import adopt, bench, report\n",
             "cli/__init__.py": "from maclin.poc import run\nfrom maclin._version import __version__\n",
+            "cli/app.py": "import maclin",
             "_version.py": "",
         },
     )

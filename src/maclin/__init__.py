@@ -68,8 +68,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'maclin' has no attribute {name!r}")
-    module = _LAZY[name]
-    value = importlib.import_module(f"maclin.{name}") if module is None else getattr(importlib.import_module(module), name)
+    home = _LAZY[name]
+    value = importlib.import_module(f"maclin.{name}") if home is None else getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 

@@ -72,6 +72,8 @@ class _Subject:
 
     def __post_init__(self) -> None:
         self.mech = self.factory().double().eval()
+        for name in ("head_dim", "num_heads", "num_kv_heads"):
+            _size(self.mech, name)
 
     @property
     def causal(self) -> bool:
@@ -100,7 +102,7 @@ class _Subject:
 def check_mechanism(
     factory: Callable[[], nn.Module], *, exceptions: Mapping[str, str] | None = None
 ) -> tuple[CheckResult, ...]:
-    """Run every conformance check that applies.
+    """Run every conformance check that applies, with torch's generator seeded, so that equal runs have equal results.
 
     Args:
         factory: builds the mechanism; called several times, and each call may draw anew.
@@ -112,9 +114,26 @@ def check_mechanism(
 
     Raises:
         ConformanceError: a check failed; the message lists all that did, with figures.
+        InputError: an exception from a check that does not exist, or a mechanism without its sizes.
     """
-    subject = _Subject(factory)
-    declared = dict(_registered_exceptions(subject.mech) if exceptions is None else exceptions)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        subject = _Subject(factory)
+        results = _run(subject, dict(_registered_exceptions(subject.mech) if exceptions is None else exceptions))
+    failed = [result for result in results if not result.passed]
+    if failed:
+        lines = [
+            f"{r.name}: {r.reason}" if r.measured is None else f"{r.name}: {r.measured:.3g}, allowed {r.allowed:.3g}"
+            for r in failed
+        ]
+        raise ConformanceError(f"{type(subject.mech).__name__} fails {len(failed)} checks:\n  " + "\n  ".join(lines))
+    return tuple(results)
+
+
+def _run(subject: _Subject, declared: Mapping[str, str]) -> list[CheckResult]:
+    unknown = [name for name in declared if name not in _CHECKS]
+    if unknown:
+        raise InputError(f"check_mechanism: exceptions names no check {unknown[0]!r}; known are {', '.join(_CHECKS)}")
     results: list[CheckResult] = []
     for name, check in _CHECKS.items():
         if name in declared:
@@ -126,16 +145,9 @@ def check_mechanism(
         try:
             measured, allowed = check(subject)
             results.append(CheckResult(name, measured <= allowed, measured, allowed))
-        except (MaclinError, RuntimeError, ValueError, IndexError) as error:
+        except (MaclinError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             results.append(CheckResult(name, False, reason=f"raised {type(error).__name__}: {error}"))
-    failed = [result for result in results if not result.passed]
-    if failed:
-        lines = [
-            f"{r.name}: {r.reason}" if r.measured is None else f"{r.name}: {r.measured:.3g}, allowed {r.allowed:.3g}"
-            for r in failed
-        ]
-        raise ConformanceError(f"{type(subject.mech).__name__} fails {len(failed)} checks:\n  " + "\n  ".join(lines))
-    return tuple(results)
+    return results
 
 
 def _shapes(subject: _Subject) -> tuple[float, float]:

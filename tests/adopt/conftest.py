@@ -19,7 +19,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**SMALL, **TOKENS, "num_key_value_heads": 2}),
     "mistral": ("Mistral", {**SMALL, **TOKENS, "num_key_value_heads": 2}),
     "gemma2": ("Gemma2", {**SMALL, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2}),
-    "gpt_oss": ("GptOss", {**SMALL, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}),
+    "gpt_oss": ("GptOss", {**SMALL, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2,
+                           "num_experts_per_tok": 1}),
     "bart": ("Bart", {**TOKENS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
                       "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
                       "max_position_embeddings": 64}),
@@ -46,7 +47,9 @@ class Tiny:
                     parameter.normal_(0.0, 0.3)
         return model
 
-    def batch(self, lengths: tuple[int, ...] = (11, 5, 8), side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
+    def batch(
+        self, lengths: tuple[int, ...] = (11, 5, 8), side: str = "right", seed: int = 0
+    ) -> dict[str, torch.Tensor]:
         """Random tokens, each row padded on one side."""
         longest = max(lengths)
         ids = torch.randint(3, VOCAB, (len(lengths), longest), generator=torch.Generator().manual_seed(seed))

@@ -25,6 +25,16 @@ def test_position_bias_is_refused(tiny: Any) -> None:
     untouched(tiny, tiny.make("t5"), batch, "elu", "position bias|attention interface")
 
 
+@pytest.mark.parametrize(("family", "options"), [("Falcon", {}), ("Nystromformer", {}), ("FNet", {})])
+def test_attention_outside_the_interface_is_refused(family: str, options: dict[str, Any]) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    config = getattr(transformers, f"{family}Config")(**sizes, vocab_size=50, pad_token_id=0, **options)
+    with pytest.raises(CapabilityError, match="attention interface"):
+        convert_(getattr(transformers, f"{family}Model")(config), "elu")
+
+
 def test_a_sliding_window_is_refused_and_none_is_not(tiny: Any) -> None:
     untouched(tiny, tiny.make("mistral", sliding_window=4), tiny.batch(), "elu", "sliding window of 4 tokens")
     assert set(reasons(tiny.make("mistral", sliding_window=None)).values()) == {None}
@@ -88,6 +98,12 @@ def test_a_formula_of_the_hosts_own_is_noticed(tiny: Any, monkeypatch: pytest.Mo
     assert all("not softmax" in str(reason) for reason in reasons(tiny.make("bert")).values())
 
 
+def test_a_flag_that_contradicts_the_mask_is_noticed(tiny: Any) -> None:
+    model = tiny.make("llama")
+    model.layers[0].self_attn.is_causal = False
+    assert [bool(reason and "disagree" in reason) for reason in reasons(model).values()] == [True, False]
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_attention_weights_are_refused(tiny: Any, name: str) -> None:
     model, batch = tiny.make(name), tiny.batch()
@@ -142,7 +158,7 @@ def test_dropout_in_training_is_refused_but_for_softmax(tiny: Any) -> None:
 
 
 def test_a_mechanism_without_a_causal_form_is_refused_for_a_decoder(tiny: Any) -> None:
-    untouched(tiny, tiny.make("gpt2"), tiny.batch(), "efficient", "causal")
+    untouched(tiny, tiny.make("gpt2"), tiny.batch(), "revisited_linformer", "causal")
 
 
 def test_part_of_a_converted_model_is_refused(tiny: Any) -> None:
@@ -161,7 +177,7 @@ def test_a_batch_that_does_not_fit_is_an_input_error(tiny: Any) -> None:
     with pytest.raises(InputError, match="BertModel"):
         audit(model, [{"input_ids": torch.full((1, 4), 999)}], mechanisms=["elu"])
     with pytest.raises(InputError, match="mapping"):
-        audit(model, ["text"], mechanisms=["elu"])
+        audit(model, ["text"], mechanisms=["elu"])  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="got none"):
         audit(model, [], mechanisms=["elu"])
 

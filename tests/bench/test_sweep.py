@@ -221,6 +221,40 @@ def test_attention_is_measured_beside_fused_softmax() -> None:
     assert all(row.peak_bytes == 0 for row in rows if row.subject == "linear")
 
 
+def test_what_comes_before_a_run_counts_neither_as_time_nor_as_memory() -> None:
+    state: list[Tensor] = []
+    seen: list[int] = []
+
+    def switch(size: int) -> None:
+        state[:] = [torch.empty(size)]
+        Work.now += 9.0
+
+    def embed(length: int) -> None:
+        seen.append(len(state[0]))
+        Work.now += 0.5
+
+    rows = run(
+        {"original": embed, "converted": embed},
+        [1],
+        before={"original": lambda: switch(10), "converted": lambda: switch(20)},
+    )
+    assert [(row[0].latency_ms, row[0].peak_bytes) for row in rows.values()] == [(500.0, 0)] * 2
+    assert seen[:6] == [10, 20, 10, 20, 20, 10]
+
+
+def test_grouped_heads() -> None:
+    shapes: set[tuple[int, ...]] = set()
+
+    def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shapes.update({tuple(q.shape), tuple(k.shape), tuple(v.shape)})
+        return q
+
+    rows = sweep_attention({"linear": linear}, [64], num_heads=4, num_kv_heads=2, head_dim=8, seconds_per_point=0.01)
+    assert shapes == {(1, 4, 64, 8), (1, 2, 64, 8)}
+    # no weights of all pairs: out, the log-sum-exp of each row, and the repeated k and v
+    assert rows[0].peak_bytes == 4 * (4 * 64 * 8 + 4 * 64 + 2 * 4 * 64 * 8)
+
+
 def test_a_softmax_of_ones_own_is_kept() -> None:
     seen: list[int] = []
 

@@ -48,6 +48,24 @@ def test_rounds_are_interleaved_and_rotate() -> None:
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
 
 
+def test_what_comes_before_a_run_is_not_timed(clock: FakeClock) -> None:
+    calls: list[str] = []
+
+    def prepare(name: str) -> None:
+        calls.append(name)
+        clock.work(5.0)
+
+    stats = interleaved(
+        {name: lambda: clock.work(0.5) for name in "abc"},
+        before={name: lambda name=name: prepare(name) for name in "ab"},
+        min_runs=2,
+        max_runs=2,
+        clock=clock,
+    )
+    assert {row.median_ms for row in stats.values()} == {500.0}
+    assert "".join(calls) == "ab" + "ab" + "ba"
+
+
 def test_the_time_budget_ends_the_rounds(clock: FakeClock) -> None:
     subjects = {"a": lambda: clock.work(0.5), "b": lambda: clock.work(0.5)}
     assert interleaved(subjects, min_runs=1, max_seconds=4.0, clock=clock)["a"].runs == 4

@@ -88,7 +88,9 @@ def audit(
     with torch.no_grad():
         watched = [layer for layer in layers if layer.refused is None]
         watch(model, batches, watched, lambda call: totals[call.layer].add(call), report)
-    rows = tuple(totals[layer.name].row() if layer.refused is None else _refused(layer, layer.refused) for layer in layers)
+    rows = tuple(
+        totals[layer.name].row() if layer.refused is None else _refused(layer, layer.refused) for layer in layers
+    )
     measured = [totals[row.layer] for row in rows if row.refused is None]
     documents = max((t.documents // t.layer.calls for t in measured), default=0)
     length = max((t.longest for t in measured), default=0)
@@ -118,7 +120,7 @@ def _candidate(name: str, config: Config, layer: AttentionLayer) -> _Candidate:
     draws: list[nn.Module] = []
     try:
         for seed in range(DRAWS if row.random else 1):
-            extra = {"generator": torch.Generator().manual_seed(seed)} if row.random else {}
+            extra: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)} if row.random else {}
             draws.append(registry.mechanism(name, **sizes, **config, **extra).eval())
     except MaclinError as error:
         return _Candidate(name, config, reason=str(error))
@@ -256,7 +258,11 @@ def _sums(x: Tensor, real: Tensor) -> Tensor:
 
 
 def _relative(squared: Tensor, exact: Tensor) -> tuple[float, tuple[float, ...]]:
-    by_head = tuple(math.sqrt(a / b) if b > 0 else math.sqrt(a) for a, b in zip(squared.tolist(), exact.tolist(), strict=True))
+    by_head = tuple(
+        math.sqrt(a / b) if b > 0 else math.sqrt(a) for a, b in zip(squared.tolist(), exact.tolist(), strict=True)
+    )
     if not float(exact.sum()) > 0:
-        raise InputError("the attention output is zero everywhere on these documents; wanted a model with trained weights")
+        raise InputError(
+            "the attention output is zero everywhere on these documents; wanted a model with trained weights"
+        )
     return math.sqrt(float(squared.sum() / exact.sum())), by_head

@@ -129,8 +129,8 @@ def check_finite(call: AttentionCall, batch: int) -> None:
             bad = bad & call.key_mask[:, None, :]
         if bool(bad.any()):
             raise InputError(
-                f"{label} of layer {call.layer!r} holds NaN or infinity at {int(bad.sum())} of {bad.numel()} positions in "
-                f"batch {batch}; wanted finite numbers: check the weights, or run the model in float32"
+                f"{label} of layer {call.layer!r} holds NaN or infinity at {int(bad.sum())} of {bad.numel()} "
+                f"positions in batch {batch}; wanted finite numbers: check the weights, or run the model in float32"
             )
 
 

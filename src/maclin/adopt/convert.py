@@ -57,14 +57,10 @@ def convert_(
     if options and not isinstance(plan, str):
         raise OptionError(f"options {sorted(options)} go with a mechanism's name; a plan or mapping holds its own")
     adapter = host(model)
-    layers = [
-        layer for layer in adapter.layers(batch) if filter_fn is None or filter_fn(layer.module, layer.name)
-    ]
+    layers = [layer for layer in adapter.layers(batch) if filter_fn is None or filter_fn(layer.module, layer.name)]
     choices = _choices(plan, layers, options, filter_fn is not None)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    built = {
-        layer.module: _built(choices[layer.name], layer, generator) for layer in layers if layer.name in choices
-    }
+    built = {layer.module: _built(choices[layer.name], layer, generator) for layer in layers if layer.name in choices}
     if not built and not isinstance(plan, Plan):
         raise InputError("no layer is left to convert; wanted a filter_fn or mapping that keeps at least one")
     adapter.install(built)
@@ -92,13 +88,11 @@ def _choices(
     known = {layer.name: layer for layer in layers}
     if isinstance(plan, str):
         registry.row(plan)
-        return {name: (plan, options) for name in known}
+        return dict.fromkeys(known, (plan, options))
     if isinstance(plan, Plan):
         _check_plan(plan, known, filtered)
         return {
-            row.layer: (row.mechanism, row.config)
-            for row in plan.rows
-            if row.mechanism != EXACT and row.layer in known
+            row.layer: (row.mechanism, row.config) for row in plan.rows if row.mechanism != EXACT and row.layer in known
         }
     if not isinstance(plan, Mapping):
         raise InputError(f"wanted a plan, a mechanism's name or a mapping of layers, got {type(plan).__name__}")
@@ -115,7 +109,9 @@ def _check_plan(plan: Plan, known: Mapping[str, AttentionLayer], filtered: bool)
     missing = sorted(set(known) - set(planned))
     if strange or missing:
         what = f"layer {strange[0]!r}, which this model lacks" if strange else f"no row for layer {missing[0]!r}"
-        raise InputError(f"wanted a plan for this model, got {whose} with {what}; make one with maclin.audit and maclin.plan")
+        raise InputError(
+            f"wanted a plan for this model, got {whose} with {what}; make one with maclin.audit and maclin.plan"
+        )
     for name, layer in known.items():
         row = planned[name]
         for label, theirs, ours in (
@@ -124,8 +120,8 @@ def _check_plan(plan: Plan, known: Mapping[str, AttentionLayer], filtered: bool)
         ):
             if theirs and theirs != ours:
                 raise InputError(
-                    f"wanted a plan for this model, whose layer {name!r} has {ours} {label}, got {whose} with {theirs}; "
-                    "make one with maclin.audit and maclin.plan"
+                    f"wanted a plan for this model, whose layer {name!r} has {ours} {label}, got {whose} with "
+                    f"{theirs}; make one with maclin.audit and maclin.plan"
                 )
 
 

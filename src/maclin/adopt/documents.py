@@ -181,14 +181,17 @@ def _read(file: Path) -> Iterator[tuple[str, str]]:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read the document {file}: {error.strerror or error}; check its permissions") from error
+        raise InputError(
+            f"cannot read the document {file}: {error.strerror or error}; check its permissions"
+        ) from error
     if b"\0" in data:
         raise InputError(f"wanted plain text, got a binary file: {file}; save it as UTF-8 text, or leave it out")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"wanted UTF-8 text, got {file}, which is not ({error.reason} at byte {error.start}); convert it, or leave it out"
+            f"wanted UTF-8 text, got {file}, which is not ({error.reason} at byte {error.start}); "
+            "convert it, or leave it out"
         ) from error
     if not text.strip():
         raise InputError(f"the document {file} is empty; wanted text, or leave it out")
@@ -204,8 +207,10 @@ def _line_text(file: Path, number: int, line: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{file}, line {number}: wanted a JSON object with \"text\", got no JSON ({error.msg})") from error
+        raise InputError(
+            f'{file}, line {number}: wanted a JSON object with "text", got no JSON ({error.msg})'
+        ) from error
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{file}, line {number}: wanted a JSON object with \"text\", a string that is not empty")
+        raise InputError(f'{file}, line {number}: wanted a JSON object with "text", a string that is not empty')
     return text

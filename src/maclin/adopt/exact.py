@@ -46,7 +46,9 @@ def allowed_keys(call: AttentionCall, start: int, stop: int) -> Tensor:
     n, s = call.q.shape[2], call.k.shape[2]
     keys = torch.arange(s, device=call.q.device)
     rows = torch.arange(start, stop, device=call.q.device) + s - n
-    allowed = keys[None, :] <= rows[:, None] if call.is_causal else torch.ones_like(rows[:, None] + keys, dtype=torch.bool)
+    allowed = (
+        keys[None, :] <= rows[:, None] if call.is_causal else torch.ones_like(rows[:, None] + keys, dtype=torch.bool)
+    )
     allowed = allowed[None].expand(call.q.shape[0], -1, -1)
     return allowed if call.key_mask is None else allowed & call.key_mask[:, None, :]
 
@@ -77,10 +79,7 @@ def uniform_attention(call: AttentionCall) -> Tensor:
     """The average of the values that each query may attend to: (B, H, N, Dv)."""
     _, _, v = heads_repeated(call)
     n, s = call.q.shape[2], v.shape[2]
-    if call.key_mask is None:
-        weight = v.new_ones(v.shape[0], s)
-    else:
-        weight = call.key_mask.to(v.dtype)
+    weight = v.new_ones(v.shape[0], s) if call.key_mask is None else call.key_mask.to(v.dtype)
     v = v * weight[:, None, :, None]
     if call.is_causal:
         total, count = v.cumsum(2)[:, :, s - n :], weight.cumsum(1)[:, s - n :]

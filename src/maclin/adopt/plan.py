@@ -107,7 +107,9 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         os.replace(partial, target)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise MaclinError(f"cannot write the plan to {target}: {error.strerror or error}; choose another place") from error
+        raise MaclinError(
+            f"cannot write the plan to {target}: {error.strerror or error}; choose another place"
+        ) from error
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
@@ -130,9 +132,7 @@ def _convertible(name: str) -> bool:
 
 
 def _row(layer: LayerAudit, tolerance: float, length: int) -> PlanRow:
-    alternatives = tuple(
-        sorted((_alternative(e, layer, tolerance, length) for e in layer.errors), key=_by_error)
-    )
+    alternatives = tuple(sorted((_alternative(e, layer, tolerance, length) for e in layer.errors), key=_by_error))
     best = best_linear(layer)
     fitting = [a for a in alternatives if a.within_tolerance and not a.note and a.relative_cost is not None]
     chosen = min(fitting, key=lambda a: a.relative_cost or 0.0, default=None)

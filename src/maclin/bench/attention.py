@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from maclin.core.fused import fused_attention
 from maclin.records import Timing
 
 from .oracle import oracle_check
@@ -35,10 +34,13 @@ def sweep_attention(
     progress: Callable[[str], None] | None = None,
     seed: int = 0,
 ) -> list[Timing]:
-    """Measure mechanisms on q (batch, num_heads, length, head_dim) and k and v (batch, num_kv_heads, ...) of standard normal numbers.
+    """Measure mechanisms on q, k and v of standard normal numbers.
 
     ``torch.nn.functional.scaled_dot_product_attention`` is measured beside them as "softmax", unless
-    ``mechanisms`` brings its own.
+    ``mechanisms`` brings its own. On the CPU it gets repeated key heads where they are grouped, since it is
+    fused for as many key heads as query heads only.
+
+    Shape: q (batch, num_heads, length, head_dim), k and v (batch, num_kv_heads, length, head_dim).
 
     Args:
         mechanisms: by name, what is called with q, k and v; modules are measured in eval mode if they are in it.
@@ -63,8 +65,8 @@ def sweep_attention(
         check = functools.partial(oracle_check, dtype=dtype, device=device)
     key_heads = num_heads if num_kv_heads is None else num_kv_heads
     if BASELINE not in mechanisms:
-        grouped = partial(F.scaled_dot_product_attention, enable_gqa=num_heads != key_heads)
-        mechanisms = {BASELINE: grouped, **mechanisms}
+        baseline = functools.partial(fused_attention, allowed=None, scale=head_dim**-0.5)
+        mechanisms = {BASELINE: baseline, **mechanisms}
 
     def make_inputs(length: int) -> tuple[Tensor, ...]:
         generator = torch.Generator(device).manual_seed(seed)

@@ -15,6 +15,8 @@ from .mechanisms import mechanisms
 from .poc import poc
 from .roi import roi
 
+_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+
 app = typer.Typer(
     name="maclin",
     help="Linear-complexity attention for Transformers, and in numbers what it costs and saves.",
@@ -52,15 +54,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        app([argument for argument in given if argument != "--debug"] or ["--help"], standalone_mode=False)
-    except (typer.Exit, SystemExit) as leaving:
-        sys.exit(getattr(leaving, "exit_code", getattr(leaving, "code", 0)))
+        status = app(_repeat_data([a for a in given if a != "--debug"]) or ["--help"], standalone_mode=False)
+        if status == _INTERRUPTED:  # typer makes this of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(status if isinstance(status, int) else 0)
     except (KeyboardInterrupt, typer.Abort):
         console.error("interrupted; nothing was written")
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
         if debug:
             raise
         sys.exit(console.explain(error))
+
+
+def _repeat_data(arguments: list[str]) -> list[str]:
+    """``--data a b c``, as a shell makes it of ``--data *.txt``, as the option once per file."""
+    out: list[str] = []
+    in_data = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            in_data = argument == "--data"
+        elif in_data and out[-1] != "--data":
+            out.append("--data")
+        out.append(argument)
+    return out

@@ -21,15 +21,18 @@ def poc(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Directory that transformers or sentence-transformers can load; by default the packaged "
             "all-MiniLM-L6-v2. Nothing is downloaded.",
         ),
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Documents (.txt, .md, .jsonl) or directories of them; may be given several times. Default: "
-                     "the help texts that ship with Python."),
+        typer.Option(
+            metavar="FILES",
+            help="Documents (.txt, .md, .jsonl) or directories of them, after MODEL. Default: the help texts that "
+            "ship with Python.",
+        ),
     ] = None,
     lengths: Annotated[
         str, typer.Option(help="Tokens at which attention is measured, by commas; the model up to its own limit.")
@@ -78,7 +81,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part.strip().replace("_", "")) for part in text.split(",") if part.strip())
     except ValueError:
-        raise OptionError(f"wanted --lengths as whole numbers with commas, such as 128,1024,8192, got {text!r}") from None
+        raise OptionError(f"wanted --lengths as whole numbers with commas, such as 128,1024, got {text!r}") from None
 
 
 def _summary(report: Report, paths: dict[str, Path]) -> dict[str, object]:

@@ -17,7 +17,7 @@ def roi(
     price_per_hour: Annotated[float, typer.Option(help="Price of an hour of the measured machine.")],
     requests_per_day: Annotated[float, typer.Option(help="Requests per day.")],
     lengths_from: Annotated[
-        Path, typer.Option(help="Lengths of a sample of requests in tokens: one a line, a CSV or a JSONL with 'length'.")
+        Path, typer.Option(help="Lengths of sample requests in tokens: one a line, a CSV or a JSONL with 'length'.")
     ],
     effort_cost: Annotated[float | None, typer.Option(help="One-off cost of the conversion.")] = None,
     effort_hours: Annotated[float | None, typer.Option(help="Or its hours of work, with --rate-per-hour.")] = None,

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from . import statistics
 
-_BLOCK_BYTES = 1 << 20  # features of one block: small enough for a core's second-level cache
+_BLOCK_BYTES = 1 << 21  # features of one block: what two second-level caches hold
 _MIN_BLOCK = 64  # tokens; below this the matrix products are too thin
 _CHUNK = 128  # tokens of a causal chunk: within it the similarities are exact and C x C
 
@@ -145,7 +145,7 @@ def accumulate(k: Tensor, v: Tensor, features: Features, key_mask: Tensor | None
     Cost: S x M x (Dv + 1) multiply-adds per key head, plus the features.
     """
     total = empty_sums(k, v, features) if sums is None else sums
-    for start, stop in _blocks(k.shape[-2], k.shape[0] * k.shape[1], features):
+    for start, stop in _blocks(k, v, features):
         mask = None if key_mask is None else key_mask[:, start:stop]
         k_block = _wide(k[:, :, start:stop])
         log_gate = _log_gate(k_block, mask, features)
@@ -202,7 +202,7 @@ def finish(reading: Reading) -> Tensor:
     floor = (magnitude * (8 * limits.eps)).clamp_min(limits.tiny)
     small = denominator.abs() < floor
     negative = denominator < 0
-    empty = magnitude == 0
+    empty = (magnitude == 0) & (denominator == 0)
     if statistics.asked():
         statistics.count(empty, negative, small)
     safe = torch.where(small, torch.where(negative, -floor, floor), denominator)
@@ -223,7 +223,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor
 def read_all(q: Tensor, sums: Sums, features: Features, v: Tensor) -> Tensor:
     """All queries read the sums, block by block; v gives out its dtype and width."""
     out = _Out(q, v, features)
-    for start, stop in _blocks(q.shape[-2], q.shape[0] * q.shape[1], features):
+    for start, stop in _blocks(q, v, features):
         out.add(read(q[:, :, start:stop], sums, features))
     return out.whole()
 
@@ -357,9 +357,10 @@ def _linear_reading(phi: Tensor, kv: Tensor, z: Tensor, count: Tensor, features:
     numerator = per_key_head(phi, kv)
     if features.normaliser == "count":
         return Reading(numerator, count, count)
-    denominator = per_key_head(phi, z[..., None])[..., 0]
-    bound = torch.linalg.vector_norm(z, dim=-1)
-    magnitude = torch.linalg.vector_norm(phi, dim=-1) * _grouped(bound, phi.shape[1])[..., None]
+    heads = phi.shape[1]
+    denominator = (_grouped(z, heads)[..., None, :] @ phi.mT)[..., 0, :]
+    # not vector_norm, which is many times slower where the tokens stand together in memory
+    magnitude = (phi * phi).sum(-1).sqrt() * _grouped(torch.linalg.vector_norm(z, dim=-1), heads)[..., None]
     return Reading(numerator, denominator, magnitude)
 
 
@@ -422,9 +423,12 @@ def _exp_difference(a: Tensor, top: Tensor) -> Tensor:
     return (a - _finite(top)).exp()
 
 
-def _blocks(length: int, rows: int, features: Features) -> Sequence[tuple[int, int]]:
-    width = max(features.num_features, features.block_width, 1)
-    block = max(_BLOCK_BYTES // (4 * width * max(rows, 1)), _MIN_BLOCK)
+def _blocks(x: Tensor, v: Tensor, features: Features) -> Sequence[tuple[int, int]]:
+    """Token ranges of x (B, H, N, D) whose features, or whatever is widest, fit in the cache."""
+    length = x.shape[-2]
+    width = max(features.num_features, features.block_width, v.shape[-1])
+    block = _BLOCK_BYTES // max(4 * width * x.shape[0] * x.shape[1], 1)
+    block = max(block - block % _MIN_BLOCK, _MIN_BLOCK)  # odd lengths cost matrix products a third of their rate
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 
 

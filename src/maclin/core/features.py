@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class RandomMaclaurin:
         """Rademacher vectors per head: the sum of the degrees."""
         return sum(self.degrees)
 
+    @cached_property
     def counts_by_rank(self) -> list[int]:
         """How many features have degree >= 1, >= 2, and so on."""
         return [sum(degree >= rank for degree in self.degrees) for rank in range(1, max(self.degrees, default=0) + 1)]
@@ -68,29 +70,44 @@ class RandomMaclaurin:
 
         Shape: directions (Hk, D, sum of degrees) -> (Hk, D, M + sum of degrees - features of degree >= 1).
         """
-        counts = self.counts_by_rank()
+        counts = self.counts_by_rank
         first = counts[0] if counts else 0
         weights = torch.tensor(self.weights[:first], dtype=directions.dtype, device=directions.device)
         constant = directions.new_zeros(*directions.shape[:-1], len(self.degrees) - first)
         return torch.cat([directions[..., :first] * weights, constant, directions[..., first:]], dim=-1) * scale**0.5
 
     def __call__(self, x: Tensor, columns: Tensor) -> Tensor:
-        """x (B, H, n, D) and what ``columns`` returned -> features (B, H, n, M)."""
-        counts, m = self.counts_by_rank(), len(self.degrees)
-        projected = per_key_head(x, columns)
-        product, higher = projected[..., :m], projected[..., m:].split(counts[1:], dim=-1)
+        """x (B, H, n, D) and what ``columns`` returned -> features (B, H, n, M).
+
+        In memory the tokens of a feature stand together: the products then run over long rows, and so do the
+        sums over tokens that follow.
+        """
+        counts, m = self.counts_by_rank, len(self.degrees)
         first = counts[0] if counts else 0
-        constants = product.new_tensor(self.weights[first:])
+        projected = _tokens_last(x, columns)  # (B, H, columns, n)
+        product, higher = projected[..., :m, :], projected[..., m:, :].split(counts[1:], dim=-2)
+        constants = product.new_tensor(self.weights[first:])[:, None]
         if torch.is_grad_enabled() and product.requires_grad:
-            powers = product[..., :first]
+            powers = product[..., :first, :]
             for rank in higher:
-                more = rank.shape[-1]
-                powers = torch.cat([powers[..., :more] * rank, powers[..., more:]], dim=-1)
-            return torch.cat([powers, constants.expand(*powers.shape[:-1], m - first)], dim=-1)
+                more = rank.shape[-2]
+                powers = torch.cat([powers[..., :more, :] * rank, powers[..., more:, :]], dim=-2)
+            constants = constants.expand(*powers.shape[:-2], m - first, powers.shape[-1])
+            return torch.cat([powers, constants], dim=-2).mT
         for rank in higher:
-            product[..., : rank.shape[-1]].mul_(rank)
-        product[..., first:] = constants
-        return product
+            product[..., : rank.shape[-2], :].mul_(rank)
+        product[..., first:, :] = constants
+        return product.mT
+
+
+def _tokens_last(x: Tensor, weight: Tensor) -> Tensor:
+    """weight^T x^T for x (B, H, n, P) and weight (Hk, P, R) -> (B, H, R, n), each head with its key head's weight."""
+    batch, heads, length, _ = x.shape
+    key_heads = weight.shape[0]
+    if heads == key_heads:
+        return weight.mT @ x.mT
+    grouped = x.unflatten(1, (key_heads, heads // key_heads))
+    return (weight.mT[:, None] @ grouped.mT).reshape(batch, heads, weight.shape[-1], length)
 
 
 @dataclass(frozen=True)

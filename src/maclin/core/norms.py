@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,11 @@ def unit_norm(x: Tensor) -> Tensor:
 
 
 def token_standardise(x: Tensor) -> Tensor:
-    """ppSBN's first half with per-token statistics: (x - mean) / sqrt(var + eps) over the channels, then unit norm."""
-    centred = x - x.mean(-1, keepdim=True)
-    variance = (centred * centred).mean(-1, keepdim=True)
-    return unit_norm(centred * torch.rsqrt(variance + _EPS))
+    """ppSBN's first half with per-token statistics: (x - mean) / sqrt(var + eps) over the channels, then unit norm.
+
+    The division by the standard deviation cancels against the unit norm, so it is left out.
+    """
+    return unit_norm(x - x.mean(-1, keepdim=True))
 
 
 class WideBuffers(nn.Module):
@@ -126,6 +127,20 @@ class PostScale(nn.Module):
 def _sum_over_ranks(x: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    from torch.distributed.nn.functional import all_reduce
+    return _AllReduce.apply(x)
 
-    return all_reduce(x)
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks; as every rank's loss depends on the sum, its gradient is summed over ranks as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        total = grad_outputs[0].clone()
+        dist.all_reduce(total)
+        return total

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .contract import accumulation_dtype
 
-_BLOCK_BYTES = 1 << 20  # of one block of keys or queries, small enough for the caches of a CPU
+_BLOCK_BYTES = 1 << 21  # of one block of keys or queries, small enough for the caches of a CPU
 _MIN_BLOCK = 64  # tokens; below this the matrix products are too thin
 # The next three may be halved or doubled: the error on real keys moves by less than a fiftieth.
 _ROUNDS = 2  # of Lloyd's algorithm
@@ -23,7 +23,7 @@ _TABLE_BYTES = 1 << 26  # of distances between seed candidates: rows are taken a
 
 
 def token_blocks(length: int, rows: int, width: int) -> Iterator[slice]:
-    """Slices that cover ``length`` tokens; a block of ``rows`` heads of ``width`` numbers is about 1 MiB in float32."""
+    """Slices that cover ``length`` tokens; a block of ``rows`` heads of ``width`` numbers is about 2 MiB in float32."""
     block = max(_BLOCK_BYTES // (4 * max(rows * width, 1)), _MIN_BLOCK)
     return (slice(start, min(start + block, length)) for start in range(0, length, block))
 
@@ -55,18 +55,30 @@ def slot_sums(ids: Tensor, x: Tensor, num_slots: int) -> Tensor:
         slots = torch.arange(num_slots, device=x.device)[:, None]
         return (ids[:, None] == slots).to(x.dtype) @ x
     first = torch.arange(rows, device=x.device)[:, None] * (num_slots + 1)
-    sums = x.new_zeros(rows * (num_slots + 1), width).index_add(0, (ids + first).flatten(), x.flatten(0, 1))
+    # one number a token is added several times faster without its dimension
+    shape = (-1,) if width == 1 else (-1, width)
+    sums = x.new_zeros(rows * (num_slots + 1) * width).view(shape)
+    sums = sums.index_add(0, (ids + first).flatten(), x.reshape(shape))
     return sums.view(rows, num_slots + 1, width)[:, :num_slots]
 
 
+@torch.no_grad()
 def nearest_slot(
     x: Tensor,  # (R, n, D)
     centres: Tensor,  # (R, C, D)
     dropped: Tensor | None,  # (R, n) bool
 ) -> Tensor:  # (R, n)
-    """argmin_c |x - centre_c|, or C where the token is dropped."""
-    ids = torch.baddbmm(-0.5 * centres.square().sum(-1)[:, None], x, centres.mT).max(-1).indices
-    return ids if dropped is None else ids.masked_fill(dropped, centres.shape[1])
+    """argmin_c |x - centre_c|, the first of equals, or C where the token is dropped."""
+    num_slots = centres.shape[1]
+    closeness = torch.baddbmm(-0.5 * centres.square().sum(-1)[:, None], x, centres.mT)
+    if x.is_cuda:
+        ids = closeness.argmax(-1)
+    else:
+        # argmax is not vectorised on CPUs; where the maximum is, and the first such place, take half the time
+        best = torch.eq(closeness, closeness.amax(-1, keepdim=True), out=torch.empty_like(closeness))
+        places = torch.arange(num_slots, 0, -1, device=x.device, dtype=x.dtype)
+        ids = num_slots - best.mul_(places).amax(-1).long()
+    return ids if dropped is None else ids.masked_fill(dropped, num_slots)
 
 
 @torch.no_grad()
@@ -107,9 +119,13 @@ def slot_centres(k: Tensor, key_mask: Tensor | None, centre: Tensor) -> Tensor:
     order, rank, far = _survey(k, key_mask, centre, masked)
     count = rank.new_full((rows, 1), length) if masked is None else (~masked).sum(-1, keepdim=True)
 
+    samples, key_heads = (
+        torch.arange(batch, device=k.device)[:, None, None],
+        torch.arange(heads, device=k.device)[:, None],
+    )
+
     def gather(index: Tensor) -> Tensor:  # (R, m) -> (R, m, D)
-        index = index.view(batch, heads, -1, 1).expand(-1, -1, -1, num_slots)
-        return (k.gather(2, index).to(centre.dtype) - centre).flatten(0, 1)
+        return (k[samples, key_heads, index.view(batch, heads, -1)].to(centre.dtype) - centre).flatten(0, 1)
 
     steps = torch.arange(_EVEN * num_slots, device=k.device)
     # through the different keys, so that none is missed where they are few
@@ -160,7 +176,8 @@ def _far_apart(candidates: Tensor, count: int) -> Tensor:
     """Farthest-first traversal, from the candidate nearest to the centre: (R, M, D) -> (R, count, D)."""
     rows, num, width = candidates.shape
     squares = candidates.square().sum(-1)
-    distance = torch.baddbmm(squares[:, None] + squares[..., None], candidates, candidates.mT, alpha=-2.0)
+    # in place: the table is the largest thing here
+    distance = (candidates @ candidates.mT).mul_(-2.0).add_(squares[:, None]).add_(squares[..., None])
     distance = distance.flatten(0, 1)
     first = torch.arange(rows, device=candidates.device) * num
     picked = squares.argmin(-1) + first

@@ -16,8 +16,11 @@ from .progress import Progress
 
 @dataclass(frozen=True)
 class HostCheck:
-    """Whether the conversion itself is right: largest absolute difference of the embeddings with every layer
-    converted to exact attention, and whether the restored model gives bit-equal ones."""
+    """Whether the conversion itself is right.
+
+    ``softmax_max_abs_error`` is the largest difference between the embeddings of the original and of the model
+    with every layer converted to exact attention; ``restore_is_bit_equal`` says whether restoring is exact.
+    """
 
     softmax_max_abs_error: float
     restore_is_bit_equal: bool

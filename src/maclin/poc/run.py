@@ -240,6 +240,4 @@ def _warnings(found: Audit, difference: float, bit_equal: bool) -> Iterable[str]
             "expected: do not trust the errors of this report before that is explained"
         )
     if not bit_equal:
-        yield "the restored model does not give bit-equal outputs; on some devices its own kernels are not deterministic"
-
-
+        yield "the restored model does not give bit-equal outputs; on some devices its kernels are not deterministic"

@@ -65,14 +65,18 @@ class Host(Protocol):
     """A model seen through its host library."""
 
     name: str
-    root: nn.Module
+
+    @property
+    def root(self) -> nn.Module:
+        """The model that layer names are relative to."""
+        ...
 
     def layers(self, batch: Batch | None = None) -> tuple[AttentionLayer, ...]:
         """The attention layers, found by one forward pass on ``batch`` or on example inputs of the host's making."""
         ...
 
     def observe(self, batch: Batch, names: Mapping[nn.Module, str], callback: Callable[[AttentionCall], None]) -> None:
-        """Run the model on ``batch`` with exact attention and show ``callback`` every call of the modules in ``names``."""
+        """Run the model with exact attention and show ``callback`` every call of the modules in ``names``."""
         ...
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -77,15 +78,16 @@ def attempt(open_it: Callable[[], T], directory: Path) -> T:
     Raises:
         InputError: the directory cannot be read.
     """
-    failures = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError)
+    known = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError)
+    failures = (*known, SafetensorError, UnpicklingError)
     try:
         with _without_progress_bar():
             return open_it()
     except failures as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise InputError(
-            f"cannot load a model from {directory} ({type(error).__name__}: {first}); wanted a directory that save_pretrained "
-            "wrote, of an architecture that transformers itself contains, with its tokenizer"
+            f"cannot load a model from {directory} ({type(error).__name__}: {first}); wanted a directory that "
+            "save_pretrained wrote, of an architecture that transformers itself contains, with its tokenizer"
         ) from error
 
 
@@ -106,7 +108,7 @@ def position_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     text = config.get_text_config() if isinstance(config, PreTrainedConfig) else None
     limit = int(getattr(text, "max_position_embeddings", None) or _NO_LIMIT)
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             limit -= module.padding_idx + 1  # RoBERTa counts positions from behind the padding index
     if limit >= _NO_LIMIT:
         limit = min(int(min(tokenizer.model_max_length, _NO_LIMIT)), _NO_LIMIT)

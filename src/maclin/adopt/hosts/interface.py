@@ -201,8 +201,8 @@ def attend(
         return exact(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
     if dropout > 0 and module.training:
         raise CapabilityError(
-            f"{_called(module)}: {mechanism.name} has no attention weights to drop, and the model is in train mode with "
-            f"an attention dropout of {dropout}; set the attention dropout to 0 (in BERT: "
+            f"{_called(module)}: {mechanism.name} has no attention weights to drop, and the model is in train mode "
+            f"with an attention dropout of {dropout}; set the attention dropout to 0 (in BERT: "
             "attention_probs_dropout_prob=0), or call model.eval()"
         )
     call = as_call(module, _called(module), query, key, value, attention_mask, scaling, is_causal, kwargs)
@@ -228,13 +228,15 @@ def as_call(
     """
     reason = reason_against(kwargs)
     if reason is not None:
-        raise CapabilityError(f"{layer} cannot be replaced faithfully: {reason}; leave this layer out of the conversion")
+        raise CapabilityError(
+            f"{layer} cannot be replaced faithfully: {reason}; leave this layer out of the conversion"
+        )
     if kwargs.get("output_attentions"):
         raise CapabilityError(no_weights())
     if attention_mask is not None and attention_mask.dim() != 2:
         raise CapabilityError(
-            f"{layer}: wanted a padding mask (batch, keys), got a mask of shape {tuple(attention_mask.shape)}, as made for "
-            "packed sequences, a sliding window, a static cache or by hand; pass one sequence per row with a 2-D "
+            f"{layer}: wanted a padding mask (batch, keys), got a mask of shape {tuple(attention_mask.shape)}, as made "
+            "for packed sequences, a sliding window, a static cache or by hand; pass one sequence per row with a 2-D "
             "attention_mask and the default (dynamic) cache, or restore the model first"
         )
     if attention_mask is not None and attention_mask.shape != (key.shape[0], key.shape[2]):
@@ -263,7 +265,9 @@ def _called(module: nn.Module) -> str:
 def _probe() -> Probe:
     probe = ACTIVE_PROBE.get()
     if probe is None:
-        raise CapabilityError(f"the attention implementation {PROBE!r} is maclin's own; use {NAME!r} via maclin.convert_")
+        raise CapabilityError(
+            f"the attention implementation {PROBE!r} is maclin's own; use {NAME!r} via maclin.convert_"
+        )
     return probe
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,23 +31,32 @@ class SentencePipeline:
             raise InputError("wanted a SentenceTransformer with a transformers model inside, got one without")
         self.model = model
         self._inner = inner
+        self._arguments = tuple(inspect.signature(inner.forward).parameters)
         self.default_length = int(model.max_seq_length or position_limit(inner, model.tokenizer))
         self.max_length = position_limit(inner, model.tokenizer)
+        features = self._features(["text"], self.max_length)  # what is not of one text: the length of the prompt
+        self._constants = {key: x for key, x in features.items() if not isinstance(x, Tensor)}
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
         """One padded batch of forward arguments, with an attention_mask."""
-        before = self.model.max_seq_length
-        self.model.max_seq_length = max_length
-        try:
-            features = self.model.preprocess(list(texts))
-        finally:
-            self.model.max_seq_length = before
-        return {key: x for key, x in features.items() if isinstance(x, Tensor)}
+        features = self._features(texts, max_length)
+        return {key: features[key] for key in self._arguments if isinstance(features.get(key), Tensor)}
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """Embeddings (B, E) of one batch."""
         device = next(self.model.parameters()).device
-        return self.model({key: x.to(device) for key, x in batch.items()})["sentence_embedding"]
+        features = {**self._constants, **{key: x.to(device) for key, x in batch.items()}}
+        return self.model(features)["sentence_embedding"]
+
+    def _features(self, texts: Sequence[str], max_length: int) -> dict[str, Any]:
+        """What the pipeline's first module takes, with its default prompt, cut at ``max_length``."""
+        before = self.model.max_seq_length
+        self.model.max_seq_length = max_length
+        try:
+            prompt = self.model.prompts.get(self.model.default_prompt_name or "")
+            return self.model.preprocess(list(texts), prompt=prompt or None)
+        finally:
+            self.model.max_seq_length = before
 
     def sizes(self) -> dict[str, Any]:
         """Architecture and sizes, as fields of ``ModelInfo``."""

@@ -62,21 +62,33 @@ class TransformersHost:
             except MaclinError:
                 raise
             except _FAILURES as error:
-                what = "made-up inputs" if batch is None else "the given inputs"
-                raise CapabilityError(
-                    f"{type(self.root).__name__} could not run on {what} while its attention was watched "
-                    f"({type(error).__name__}: {error}); pass batch= with inputs that it can run on"
-                ) from error
-        if not discovery.found:
+                failure = error
+            else:
+                failure = None
+        if failure is not None and not self._runs(inputs):
+            what = "made-up inputs" if batch is None else "the given inputs"
+            raise CapabilityError(
+                f"{type(self.root).__name__} cannot run on {what} ({type(failure).__name__}: {failure}); "
+                "pass batch= with inputs that it can run on"
+            ) from failure
+        if failure is not None or not discovery.found:
             raise CapabilityError(
                 f"{type(self.root).__name__} cannot be converted: its attention does not go through transformers' "
                 "attention interface; wanted an architecture that does, such as BERT, RoBERTa, ViT, GPT-2 or Llama, "
                 "or a later version of transformers"
-            )
+            ) from failure
         return tuple(discovery.found.values())
 
+    def _runs(self, inputs: dict[str, Any]) -> bool:
+        with self._probing(None):
+            try:
+                self.root(**inputs)
+            except (MaclinError, *_FAILURES):
+                return False
+        return True
+
     def observe(self, batch: Batch, names: Mapping[nn.Module, str], callback: Callable[[AttentionCall], None]) -> None:
-        """Run the model on ``batch`` with exact attention and show ``callback`` every call of the modules in ``names``.
+        """Run the model with exact attention and show ``callback`` every call of the modules in ``names``.
 
         Raises:
             InputError: the model cannot run on this batch.
@@ -159,13 +171,14 @@ class TransformersHost:
         return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in given.items()}
 
     @contextmanager
-    def _probing(self, probe: interface.Probe) -> Iterator[None]:
+    def _probing(self, probe: interface.Probe | None) -> Iterator[None]:
+        """Evaluation without gradients, with ``probe`` in place of attention if there is one."""
         implementations = [(config, config._attn_implementation) for config in _configs(self.root)]
         modes = [(module, module.training) for module in self.root.modules()]
         token = interface.ACTIVE_PROBE.set(probe)
         try:
             self.root.eval()
-            for config, _ in implementations:
+            for config, _ in implementations if probe is not None else ():
                 config._attn_implementation_internal = interface.PROBE
             with torch.no_grad():
                 yield
@@ -293,7 +306,8 @@ def _is_softmax(
     difference = (theirs - ours).abs()
     if allowed is not None:  # a row that may attend to nothing is nobody's business
         difference = difference * allowed.any(-1).transpose(1, 2)[..., None]
-    return bool(difference.max() <= 1e-3 * ours.abs().max() + 1e-6)
+    limit = 1e-3 * ours.nan_to_num(0.0, 0.0, 0.0).abs().max() + 1e-6
+    return bool(difference.nan_to_num(0.0, 0.0, 0.0).max() <= limit)  # what is not finite is found at capture
 
 
 def _refuse_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

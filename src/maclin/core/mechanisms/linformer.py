@@ -132,7 +132,7 @@ class Linformer(Mechanism):
             # in integers: in float32 a rank above 2^24 is not exact
             width = (count + self.proj_len - 1).div(self.proj_len, rounding_mode="floor").clamp_min(1)
             start = (segment * count + self.proj_len - 1).div(self.proj_len, rounding_mode="floor")  # its first rank
-            phase = (rank - start + 0.5) / width
+            phase = (rank - start + 0.5).to(k.dtype) / width
             weight = weight * torch.sin(math.pi * phase.clamp(0.0, 1.0)).square().clamp_min(1e-3)
         mass = k.new_zeros(batch, self.proj_len + 1).scatter_add_(1, segment, weight)[:, :-1]
         if self.projection == "max-pool":

@@ -54,17 +54,19 @@ class RevisitedLinformer(Mechanism):
 
 
 class Slots(NamedTuple):
-    """What is kept of keys and values, for R = B Hk rows of C = D slots.
+    """What is kept of keys and values, for R = B Hk rows of C = D slots, with the scale of the logits in it.
 
-    key (R, C, D) and value (R, C, Dv): m and u; log_mass (R, 1, C): log n, 0 if empty; bias (R, 1, C): minus
-    infinity if empty; spread (R, C, 1): s; drift (R, D, Dv): G.
+    key (R, C, D): scale m; value (R, C, Dv): u; least (R, 1, C): l, log n but 1/2 for a single key, which has no
+    spread; bias (R, 1, C): log n - l, minus infinity if empty; growth (R, 1, C): scale² l s / D; reach (R, C, 1):
+    scale l s; drift (R, D, Dv): G.
     """
 
     key: Tensor
     value: Tensor
-    log_mass: Tensor
+    least: Tensor
     bias: Tensor
-    spread: Tensor
+    growth: Tensor
+    reach: Tensor
     drift: Tensor
 
 
@@ -78,22 +80,20 @@ def slot_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sca
     if k.shape[2] == 0:
         return v.new_zeros(shape)
     blocks = list(token_blocks(length, batch * heads, width))
-    # half precision loses the differences that the clusters are made of
-    with torch.autocast(q.device.type, enabled=False):
-        slots = summarise(k, v, key_mask)
-        if _recomputes(q, *slots):
-            parts = [
-                checkpoint(_read, q[:, :, tokens], slots, scale, v.dtype, use_reentrant=False, preserve_rng_state=False)
-                for tokens in blocks
-            ]
-            return torch.cat(parts, dim=2)
-        out = v.new_empty(shape)
-        for tokens in blocks:
-            out[:, :, tokens] = _read(q[:, :, tokens], slots, scale, v.dtype)
-        return out
+    slots = summarise(k, v, key_mask, scale)
+    if _recomputes(q, *slots):
+        parts = [
+            checkpoint(_read, q[:, :, tokens], slots, v.dtype, use_reentrant=False, preserve_rng_state=False)
+            for tokens in blocks
+        ]
+        return torch.cat(parts, dim=2)
+    out = v.new_empty(shape)
+    for tokens in blocks:
+        out[:, :, tokens] = _read(q[:, :, tokens], slots, v.dtype)
+    return out
 
 
-def summarise(k: Tensor, v: Tensor, key_mask: Tensor | None) -> Slots:
+def summarise(k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Slots:
     """Assign the keys to slots and take the moments of each slot.
 
     Shape: k (B, Hk, S, D), v (B, Hk, S, Dv), key_mask (B, S).
@@ -117,14 +117,19 @@ def summarise(k: Tensor, v: Tensor, key_mask: Tensor | None) -> Slots:
     # the floor is what rounding leaves of keys that coincide; a ratio of such numbers means nothing
     eps, tiny = torch.finfo(key.dtype).eps, torch.finfo(key.dtype).tiny
     total = within.sum(1, keepdim=True) + sums.square.detach().sum(1, keepdim=True) * eps + tiny
-    empty = (sums.mass == 0).mT
+    spread = within / count
+    log_mass = count.log()
+    least = log_mass.clamp(min=0.5)
+    empty = sums.mass == 0
+    # a row that may attend to nothing reads slots of value 0
+    bias = (log_mass - least).masked_fill(empty & ~empty.all(1, keepdim=True), -torch.inf)
     return Slots(
-        key,
+        key * scale,
         value,
-        count.log().mT,
-        # a row that may attend to nothing reads slots of value 0
-        torch.zeros_like(count.mT).masked_fill(empty & ~empty.all(-1, keepdim=True), -torch.inf),
-        within / count,
+        least.mT,
+        bias.mT,
+        (spread * least).mT * (scale**2 / width),
+        spread * least * scale,
         (sums.cross - sums.key.mT @ value) / total,
     )
 
@@ -150,23 +155,27 @@ def _block_sums(
     x, y = wide_block(k, tokens, key_mask, centre), wide_block(v, tokens, key_mask)
     dropped = None if key_mask is None else ~key_mask[:, tokens].repeat_interleave(k.shape[1], dim=0)
     ids = nearest_slot(x.detach(), centres, dropped)
-    # one narrow sum for two: how many, and their squares
-    counted = torch.stack([torch.ones_like(x[..., 0]), x.square().sum(-1)], dim=-1)
-    mass, square = slot_sums(ids, counted, centres.shape[1]).split(1, dim=-1)
-    return _Sums(mass, slot_sums(ids, x, centres.shape[1]), square, slot_sums(ids, y, centres.shape[1]), x.mT @ y)
+    num_slots = centres.shape[1]
+    return _Sums(
+        slot_sums(ids, torch.ones_like(x[..., :1]), num_slots),
+        slot_sums(ids, x, num_slots),
+        slot_sums(ids, torch.linalg.vector_norm(x, dim=-1, keepdim=True).square(), num_slots),
+        slot_sums(ids, y, num_slots),
+        x.mT @ y,
+    )
 
 
-def _read(q: Tensor, slots: Slots, scale: float, dtype: torch.dtype) -> Tensor:
+def _read(q: Tensor, slots: Slots, dtype: torch.dtype) -> Tensor:
     """What queries (B, H, n, D) read: (B, H, n, Dv)."""
     batch, heads, length, width = q.shape
     rows, _, value_width = slots.value.shape
     # the query heads of a group follow each other over the slots of their key head
-    x = (q.to(slots.key.dtype) * scale).reshape(rows, batch * heads // rows * length, width)
-    # two keys or more have a log of at least log 2, and a single one has no spread
-    per_square = slots.spread.mT / (slots.log_mass.clamp(min=0.5) * width)
-    stretch = (x.square().sum(-1, keepdim=True) * per_square).add(1.0).sqrt()
-    weights = torch.softmax(torch.baddbmm(slots.bias, x, slots.key.mT).addcmul(slots.log_mass, stretch), dim=-1)
-    drift = (x @ slots.drift) * ((weights / stretch) @ slots.spread)
+    x = q.to(slots.key.dtype).reshape(rows, batch * heads // rows * length, width)
+    # stretched = (r l)², so that r l = stretched * inverse and 1 / r = l * inverse
+    stretched = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() * slots.growth).add_(slots.least.square())
+    inverse = stretched.rsqrt()
+    weights = torch.softmax(torch.baddbmm(slots.bias, x, slots.key.mT).addcmul_(stretched, inverse), dim=-1)
+    drift = (x @ slots.drift) * ((weights * inverse) @ slots.reach)
     return torch.baddbmm(drift, weights, slots.value).view(batch, heads, length, value_width).to(dtype)
 
 

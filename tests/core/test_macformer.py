@@ -1,0 +1,282 @@
+"""Macformer: convergence to the kernel it estimates, ppSBN, temperature, and what is refused or carried over."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import maclin
+from maclin.core import reference
+from maclin.core.errors import CapabilityError, InputError, OptionError
+from maclin.core.kernels import KERNELS
+from maclin.core.mechanisms.macformer import Macformer
+from maclin.core.norms import batch_moments, batch_standardise, token_standardise
+
+
+def build(seed: int = 0, head_dim: int = 8, num_heads: int = 4, num_kv_heads: int = 2, **options) -> Macformer:
+    return Macformer(head_dim, num_heads, num_kv_heads, generator=torch.Generator().manual_seed(seed), **options)
+
+
+@pytest.mark.parametrize("estimator", ["published", "kar_karnick"])
+def test_the_error_of_the_output_falls_like_one_over_the_root_of_m(qkv, estimator):
+    q, k, v = qkv(24, 48, batch=1)
+    q, k = (1.2 * x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    wanted = reference.kernel_attention(q, k, v, KERNELS["exp"], scale=1.0)
+    sizes, errors = [64, 128, 256, 512, 1024], []
+    for m in sizes:
+        squares = [
+            (
+                build(1000 * m + seed, estimator=estimator, num_features=m, ppsbn=False).double()(q, k, v, scale=1.0)
+                - wanted
+            )
+            .square()
+            .mean()
+            for seed in range(30)
+        ]
+        errors.append(math.sqrt(float(torch.stack(squares).median())))
+    logs = torch.tensor([[math.log(x) for x in values] for values in (sizes, errors)], dtype=torch.float64)
+    centred = logs - logs.mean(1, keepdim=True)
+    slope = float((centred[0] * centred[1]).sum() / centred[0].square().sum())
+    assert slope == pytest.approx(-0.5, abs=0.1)
+    assert errors[-1] < 0.25 * float(wanted.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_many_features_come_close_to_the_kernel_after_ppsbn(qkv, rel_error, kernel):
+    q, k, v = qkv(24, 48)
+    wanted = reference.kernel_attention(token_standardise(q), token_standardise(k), v, KERNELS[kernel])
+    uniform = reference.feature_attention(*(torch.ones_like(x[..., :1]) for x in (q, k)), v)
+    got = build(1, kernel=kernel, num_features=4096).double()(q, k, v)
+    assert rel_error(got, wanted) < 0.3 * rel_error(uniform, wanted)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_taylor_as_estimator_is_the_mechanism_taylor_after_standardising(qkv, rel_error, causal):
+    q, k, v = qkv(30, 40)
+    taylor = maclin.mechanism("taylor", head_dim=8, num_heads=4, num_kv_heads=2, kernel="log").double()
+    mech = build(estimator="taylor", kernel="log", num_features=9).double()
+    wanted = taylor(token_standardise(q), token_standardise(k), v, is_causal=causal)
+    assert rel_error(mech(q, k, v, is_causal=causal), wanted) < 1e-10
+    assert not list(mech.buffers())
+    mech.resample_()  # nothing to draw
+    assert mech.feature_map(k).shape[-1] == 9
+
+
+def test_kernels_differ_and_trigh_is_exp(qkv, rel_error):
+    q, k, v = qkv(24, 48)
+    out = {name: build(2, kernel=name).double()(q, k, v, scale=0.9) for name in KERNELS}
+    assert rel_error(out["trigh"], out["exp"]) < 1e-12
+    names = ["exp", "inv", "log", "sqrt"]
+    for i, one in enumerate(names):
+        for other in names[:i]:
+            assert rel_error(out[one], out[other]) > 0.01, (one, other)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_learned_temperature_starts_as_the_fixed_one(qkv, rel_error, kernel):
+    q, k, v = qkv(24, 48)
+    fixed = build(3, kernel=kernel).double()(q, k, v)
+    learned = build(3, kernel=kernel, temperature="learned").double()
+    assert rel_error(learned(q, k, v), fixed) < 1e-12
+    torch.testing.assert_close(learned.temperature(8**-0.5), torch.ones(4, dtype=torch.float64))
+    (grad,) = torch.autograd.grad(learned(q, k, v).square().sum(), learned.log_temperature)
+    assert float(grad.abs().min()) > 0
+
+
+@pytest.mark.parametrize("kernel", ["inv", "log", "sqrt"])
+@pytest.mark.parametrize("theta", [-1000.0, -5.0, 5.0, 50.0, 1000.0])
+@pytest.mark.parametrize("scale", [0.1, 8**-0.5, 0.94])
+def test_a_learned_temperature_keeps_t_inside_the_domain(qkv, kernel, theta, scale):
+    mech = build(4, kernel=kernel, temperature="learned")
+    with torch.no_grad():
+        mech.log_temperature.fill_(theta)
+    temperature = mech.temperature(scale)
+    assert float((temperature * scale).detach().max()) < KERNELS[kernel].radius
+    q, k, v = qkv(10, 12, dtype=torch.float32)
+    assert bool(mech(q, k, v, scale=scale).isfinite().all())
+
+
+def test_a_learned_temperature_sharpens(qkv, rel_error):
+    q, k, v = qkv(24, 48)
+    mech = build(5, estimator="kar_karnick", num_features=20_000, temperature="learned").double()
+    with torch.no_grad():
+        mech.log_temperature.copy_(torch.tensor([0.0, 0.5, 1.0, 1.5]))
+    factor = torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=torch.float64).exp()[:, None, None]
+    wanted = reference.kernel_attention(token_standardise(q) * factor, token_standardise(k), v, KERNELS["exp"])
+    flat = reference.kernel_attention(token_standardise(q), token_standardise(k), v, KERNELS["exp"])
+    got = mech(q, k, v)
+    for head in range(1, 4):
+        assert rel_error(got[:, head], wanted[:, head]) < 0.5 * rel_error(flat[:, head], wanted[:, head])
+
+
+@pytest.mark.parametrize("scale", [0.96, 1.0, 3.0])
+def test_a_scale_that_leaves_the_domain_is_refused(qkv, scale):
+    with pytest.raises(InputError, match=r"lets t leave the domain .*pass a smaller scale or kernel='exp'"):
+        build(kernel="inv", temperature="learned")(*qkv(3, 3, dtype=torch.float32), scale=scale)
+
+
+@pytest.mark.parametrize("kernel", ["inv", "log", "sqrt"])
+def test_a_finite_radius_needs_ppsbn(kernel):
+    with pytest.raises(OptionError, match=rf"'{kernel}' is defined for \|t\| < 1 only.*ppsbn='token' or 'batch'"):
+        build(kernel=kernel, ppsbn=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "best"}, "estimator is 'best'; known are 'published', 'kar_karnick', 'taylor'"),
+        ({"ppsbn": True}, "ppsbn is True; known are 'token', 'batch', False"),
+        ({"temperature": 2.0}, "temperature is 2.0; known are 'fixed', 'learned'"),
+        ({"num_features": 1}, "num_features is 1; wanted an integer of at least 2"),
+        ({"num_features": 8, "estimator": "taylor"}, "num_features is 8; wanted an integer of at least 9"),
+    ],
+)
+def test_options_that_are_not_known_list_the_known(options, message):
+    with pytest.raises(OptionError, match=f"macformer: {message}"):
+        build(**options)
+
+
+def test_batch_statistics_use_the_batch_in_train_mode_and_the_running_ones_in_eval(qkv, key_mask, rel_error):
+    q, k, v = qkv(30, 30)
+    mask = key_mask("right", 30)
+    mech = build(6, ppsbn="batch", num_features=64).double()
+    raw = build(6, ppsbn=False, num_features=64).double()  # the same draw
+
+    def standardised(of_q: tuple[Tensor, Tensor], of_k: tuple[Tensor, Tensor]) -> Tensor:
+        return raw(batch_standardise(q, *of_q), batch_standardise(k, *of_k), v, key_mask=mask)
+
+    of_batch = standardised(batch_moments(q, mask), batch_moments(k, mask))
+    running = standardised(*((torch.zeros(h, 8).double(), torch.ones(h, 8).double()) for h in (4, 2)))
+    mech.eval()
+    assert rel_error(mech(q, k, v, key_mask=mask), running) < 1e-10
+    mech.train()
+    assert rel_error(mech(q, k, v, key_mask=mask), of_batch) < 1e-10
+    mech.eval()
+    assert rel_error(mech(q, k, v, key_mask=mask), running) > 1e-6  # they have moved
+
+
+def test_batch_statistics_cannot_be_trained_causally(qkv):
+    q, k, v = qkv(5, 5)
+    mech = build(ppsbn="batch").double()
+    before = copy.deepcopy(mech.state_dict())
+    with pytest.raises(CapabilityError, match=r"ppsbn='batch' cannot be trained with is_causal=True.*ppsbn='token'"):
+        mech(q, k, v, is_causal=True)
+    assert all(torch.equal(x, before[name]) for name, x in mech.state_dict().items())
+    assert mech.eval()(q, k, v, is_causal=True).shape == (2, 4, 5, 5)
+
+
+def test_ppsbn_ends_with_the_learned_power(qkv, rel_error):
+    q, k, v = qkv(20, 20)
+    mech = build(7).double()
+    before = mech(q, k, v)
+    with torch.no_grad():
+        mech.post.beta.fill_(0.5)
+        mech.post.gamma.copy_(torch.tensor([1.0, 2.0, -1.0, 0.0]))
+    gamma = torch.tensor([1.0, 2.0, -1.0, 0.0])[:, None, None]
+    for causal, plain in ((False, before), (True, build(7).double()(q, k, v, is_causal=True))):
+        wanted = gamma * plain.sign() * plain.abs().sqrt()
+        assert rel_error(mech(q, k, v, is_causal=causal), wanted.detach()) < 1e-3
+    assert build(ppsbn=False).post is None
+
+
+def test_calibrate_sets_the_running_statistics_of_a_copy(qkv, key_mask):
+    q, k, v = qkv(30, 30)
+    mask = key_mask("left", 30)
+    mech = build(ppsbn="batch")
+    before = copy.deepcopy(mech.state_dict())
+    calibrated = maclin.calibrate(mech, q, k, v, mask)
+    assert all(torch.equal(x, before[name]) for name, x in mech.state_dict().items())
+    for statistics, x in ((calibrated.q_statistics, q), (calibrated.k_statistics, k)):
+        mean, variance = batch_moments(x, mask)
+        torch.testing.assert_close(statistics.running_mean, mean.float())
+        torch.testing.assert_close(statistics.running_var, variance.float())
+    assert torch.equal(calibrated.directions, mech.directions)
+
+
+def test_calibrate_needs_a_token(qkv):
+    q, k, v = qkv(3, 3)
+    with pytest.raises(InputError, match="no token to calibrate on"):
+        maclin.calibrate(build(), q, k, v, torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(InputError, match="no token to calibrate on"):
+        maclin.calibrate(build(), q, k[:, :, :0], v[:, :, :0])
+
+
+@pytest.mark.parametrize("estimator", ["published", "kar_karnick"])
+def test_a_state_dict_carries_the_draw(qkv, estimator):
+    q, k, v = qkv(10, 12, dtype=torch.float32)
+    one, other = build(8, estimator=estimator), build(9, estimator=estimator)
+    assert one.directions.shape != other.directions.shape
+    assert not torch.equal(one(q, k, v), other(q, k, v))
+    file = io.BytesIO()
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(one(q, k, v), other(q, k, v))
+    again = copy.deepcopy(other)
+    assert torch.equal(one(q, k, v), again(q, k, v))
+
+
+def test_a_state_dict_inside_a_model_and_one_that_does_not_fit():
+    model, other = (torch.nn.ModuleList([build(seed), build(seed + 1)]) for seed in (10, 20))
+    other.load_state_dict(model.state_dict())
+    for one, two in zip(model, other, strict=True):
+        assert torch.equal(one.directions, two.directions)
+        assert one._map == two._map
+    with pytest.raises(RuntimeError, match="size mismatch for degrees"):
+        build(num_features=64).load_state_dict(build(num_features=32).state_dict())
+
+
+def test_an_incomplete_state_dict_leaves_the_draw_whole(qkv):
+    mech = build(11)
+    before, degrees = mech.directions.clone(), build(12).state_dict()["degrees"]
+    result = mech.load_state_dict({"degrees": degrees}, strict=False)
+    assert "directions" in result.missing_keys
+    assert torch.equal(mech.directions, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_directions(qkv, dtype):
+    mech = build(13, temperature="learned")
+    half = copy.deepcopy(mech).to(dtype)
+    assert half.directions.dtype == torch.float32
+    assert torch.equal(half.directions, mech.directions)
+    assert half.log_temperature.dtype == dtype
+    q, k, v = qkv(10, 12, dtype=torch.float32)
+    out = half(*(x.to(dtype) for x in (q, k, v)))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), mech(q, k, v), rtol=0, atol=0.05)
+
+
+def test_resample_draws_anew_and_stays_consistent(qkv):
+    q, k, v = qkv(10, 12)
+    mech = build(14).double()
+    before = mech(q, k, v)
+    mech.resample_(torch.Generator().manual_seed(15))
+    assert mech.directions.dtype == torch.float64
+    assert mech.directions.shape == (2, 8, int(mech.degrees.sum()))
+    assert len(mech.degrees) == 128
+    assert not torch.equal(mech(q, k, v), before)
+    assert torch.equal(mech(q, k, v), build(15).double()(q, k, v))
+    mech.resample_(torch.Generator().manual_seed(14))
+    assert torch.equal(mech(q, k, v), before)
+
+
+def test_one_draw_for_each_key_head(qkv):
+    mech = build(16)
+    assert not torch.equal(mech.directions[0], mech.directions[1])
+    q, k, v = qkv(6, 9, dtype=torch.float32)
+    same = q[:, :1].expand(-1, 4, -1, -1)
+    out = mech(same, k[:, :1].expand(-1, 2, -1, -1), v[:, :1].expand(-1, 2, -1, -1))
+    torch.testing.assert_close(out[:, 0], out[:, 1])
+    assert not torch.allclose(out[:, 0], out[:, 2], rtol=1e-3)
+
+
+def test_the_configuration_builds_the_like_again():
+    mech = build(kernel="log", num_features=64, estimator="kar_karnick", ppsbn="batch", temperature="learned")
+    again = maclin.mechanism("macformer", head_dim=8, num_heads=4, num_kv_heads=2, **mech.config)
+    again.load_state_dict(mech.state_dict())
+    assert again.config == mech.config
+    assert torch.equal(again.get_buffer("directions"), mech.directions)
