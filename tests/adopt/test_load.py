@@ -55,6 +55,20 @@ def test_texts_are_cut_to_the_length_asked_for(tiny: Any, tmp_path: Path) -> Non
         loaded.tokenize(TEXTS, batch_size=0)
 
 
+def test_missing_weights_are_not_made_up(tiny: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = directory(tiny, tmp_path)
+    weights = load_file(path / "model.safetensors")
+    whole = {name: x for name, x in weights.items() if "pooler" not in name}
+    save_file(whole, path / "model.safetensors", metadata={"format": "pt"})
+    load(path)  # mean pooling does without the pooler
+    removed = next(name for name in whole if "layer.1" in name)
+    save_file({n: x for n, x in whole.items() if n != removed}, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"1 are missing, {removed}"):
+        load(path)
+
+
 def test_roberta_has_fewer_positions_than_it_says(tiny: Any, tmp_path: Path) -> None:
     assert load(directory(tiny, tmp_path, "roberta")).max_length == 62
 

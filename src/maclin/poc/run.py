@@ -154,6 +154,12 @@ def _device(name: str) -> str:
 
 def _data_info(loaded: Loaded, documents: Documents, calibration: Documents, held_out: Documents) -> DataInfo:
     tokens = [loaded.token_counts(part.texts) for part in (calibration, held_out)]
+    cut = []
+    if loaded.default_length < loaded.max_length:
+        cut.append(
+            f"documents are read up to the model's {loaded.max_length} positions, where its own pipeline cuts them at "
+            f"{loaded.default_length} tokens"
+        )
     return DataInfo(
         source=documents.source,
         num_calibration_documents=len(calibration),
@@ -161,7 +167,7 @@ def _data_info(loaded: Loaded, documents: Documents, calibration: Documents, hel
         num_calibration_tokens=sum(tokens[0]),
         num_held_out_tokens=sum(tokens[1]),
         document_tokens=(*tokens[0], *tokens[1]),
-        warnings=documents.warnings,
+        warnings=(*documents.warnings, *cut),
     )
 
 

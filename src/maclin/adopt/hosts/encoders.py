@@ -66,7 +66,16 @@ def open_pipeline(directory: Path, device: str | torch.device) -> Encoder:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
     def opened() -> Encoder:
-        model = AutoModel.from_pretrained(str(directory), weights_only=True, dtype="auto", **options)
+        model, info = AutoModel.from_pretrained(
+            str(directory), weights_only=True, dtype="auto", output_loading_info=True, **options
+        )
+        # the library fills gaps with random numbers; only a pooler, which is not used here, may be one
+        missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+        if missing:
+            raise InputError(
+                f"wanted all weights of a {type(model).__name__} in {directory}, but {len(missing)} are missing, "
+                f"{missing[0]} for one; save the whole model with save_pretrained"
+            )
         return Encoder(model.to(device).eval(), AutoTokenizer.from_pretrained(str(directory), **options))
 
     return attempt(opened, directory)
