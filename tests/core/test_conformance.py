@@ -17,6 +17,7 @@ from maclin.core.features import elu_features
 from maclin.core.mechanisms import FeatureMechanism, Mechanism
 from maclin.core.mechanisms.base import State
 from maclin.core.mechanisms.elu import Elu
+from maclin.core.mechanisms.linformer import Linformer
 from maclin.testing import ConformanceError, check_mechanism
 
 GAUSSIAN_SERIES = maclin.Kernel("bessel", lambda n: 0.0 if n % 2 else 1 / math.factorial(n // 2) ** 2)
@@ -388,7 +389,7 @@ def test_an_exception_from_no_check_is_refused():
 
 
 def test_a_subclass_does_not_inherit_the_exceptions_of_the_registry():
-    class Own(maclin.mechanisms.row("linformer").cls):
+    class Own(Linformer):
         pass
 
     with pytest.raises(ConformanceError, match="left_padding"):

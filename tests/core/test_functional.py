@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import maclin
@@ -14,7 +15,7 @@ from maclin.core.errors import CapabilityError, InputError, MaclinError, OptionE
 
 
 @pytest.fixture
-def tensors(qkv):
+def tensors(qkv) -> tuple[Tensor, Tensor, Tensor]:
     return qkv(9, 12, heads=4, kv_heads=4, dtype=torch.float32)
 
 
@@ -53,7 +54,7 @@ def test_shared_heads_need_enable_gqa(qkv):
     with pytest.raises(InputError, match=r"query has 4 heads and key 2; pass enable_gqa=True"):
         maclin.attention(q, k, v, mechanism="softmax")
     with pytest.raises(OptionError, match="num_heads 4 is not a multiple of num_kv_heads 3"):
-        maclin.attention(q, *(torch.cat([x, x[:, :1]], dim=1) for x in (k, v)), enable_gqa=True)
+        maclin.attention(q, q[:, :3], q[:, :3], enable_gqa=True)
 
 
 def test_dropout_is_torchs(tensors):
@@ -89,13 +90,15 @@ def test_masks_over_keys_are_taken(tensors, shape):
 )
 @pytest.mark.parametrize("mechanism", ["softmax", "elu"])
 def test_masks_that_are_not_over_keys_are_refused(tensors, shape, mechanism):
+    q, k, v = tensors
     with pytest.raises(CapabilityError, match=r"takes bool masks over keys only, \(2, 1, 1, 12\)"):
-        maclin.attention(*tensors, torch.ones(shape, dtype=torch.bool), mechanism=mechanism)
+        maclin.attention(q, k, v, torch.ones(shape, dtype=torch.bool), mechanism=mechanism)
 
 
 def test_float_masks_are_refused(tensors):
+    q, k, v = tensors
     with pytest.raises(CapabilityError, match=r"dtype torch.float32; a mechanism of linear cost takes bool masks"):
-        maclin.attention(*tensors, torch.zeros(2, 1, 1, 12), mechanism="mean")
+        maclin.attention(q, k, v, torch.zeros(2, 1, 1, 12), mechanism="mean")
 
 
 OPTIONS = {"linformer": {"seq_len": 12}}

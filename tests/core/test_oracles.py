@@ -10,6 +10,8 @@ from torch import Tensor
 import maclin
 from maclin.core import contract, reference
 from maclin.core.kernels import Kernel
+from maclin.core.kernels import kernel as kernel_of
+from maclin.core.mechanisms import FeatureMechanism
 from maclin.core.mechanisms.macformer import Macformer
 
 KINDS = ["none", "right", "left", "random", "all"]
@@ -134,7 +136,8 @@ def test_a_given_scale_replaces_the_own(qkv, rel_error, case):
 
 def test_the_scale_of_elu_multiplies_the_queries(qkv, rel_error):
     q, k, v = qkv(20, 30)
-    wanted = reference.feature_attention(*(torch.nn.functional.elu(x) + 1 for x in (0.6 * q, k)), v)
+    phi_q, phi_k = (torch.nn.functional.elu(x) + 1 for x in (0.6 * q, k))
+    wanted = reference.feature_attention(phi_q, phi_k, v)
     assert rel_error(build("elu")(q, k, v, scale=0.6), wanted) < 1e-9
 
 
@@ -143,7 +146,7 @@ def test_the_scale_of_elu_multiplies_the_queries(qkv, rel_error):
 @pytest.mark.parametrize("kernel", ["exp", "inv", "log", "sqrt", "trigh", HALF_COSH], ids=str)
 def test_taylor_is_the_first_order_of_its_kernel(qkv, key_mask, rel_error, kernel, kind):
     mech = build("taylor", kernel=kernel)
-    row = maclin.KERNELS.get(kernel, kernel)
+    row = kernel_of(kernel)
     first_order = Kernel("first", lambda n: row.coefficient(n) if n < 2 else 0.0, closed_form=lambda t: a0 + a1 * t)
     a0, a1 = row.coefficient(0), row.coefficient(1)
     for n, s, causal in SHAPES:
@@ -282,7 +285,7 @@ def test_pooling_linformer(qkv, key_mask, rel_error, projection, kind):
 
         def slots(b: int, h: int, k: Tensor = k, v: Tensor = v, mask: Tensor | None = mask) -> tuple[Tensor, Tensor]:
             attended = [j for j in range(k.shape[2]) if mask is None or mask[b, j]]
-            return tuple(pooled(x[b, h, attended], projection, 6) for x in (k, v))
+            return pooled(k[b, h, attended], projection, 6), pooled(v[b, h, attended], projection, 6)
 
         wanted = linformer_formula(q, k, v, slots, 8**-0.5)
         assert rel_error(mech(q, k, v, key_mask=mask), wanted) < 1e-11, (n, s)
@@ -328,6 +331,7 @@ def test_a_masked_key_outside_the_domain_of_a_kernel_does_not_matter(qkv):
 def test_feature_map_shows_what_the_contraction_uses(qkv, case):
     name, options, phi, own_scale = MAPS[case]
     mech = build(name, **options)
+    assert isinstance(mech, FeatureMechanism)
     q, k, _ = qkv(5, 6)
     scale = 8**-0.5 if own_scale is None else own_scale
     similarity = mech.query_map(q) @ mech.feature_map(k).repeat_interleave(2, dim=1).mT

@@ -98,8 +98,9 @@ def test_efficient(call, normalisation):
 @given(st.booleans().flatmap(lambda causal: calls(causal)))
 def test_elu(call):
     q, k, v = call["tensors"]
-    phi = [torch.nn.functional.elu(x) + 1 for x in (q * (1.0 if call["scale"] is None else call["scale"]), k)]
-    wanted = reference.feature_attention(*phi, v, key_mask=call["key_mask"], is_causal=call["is_causal"])
+    scale = 1.0 if call["scale"] is None else call["scale"]
+    phi_q, phi_k = (torch.nn.functional.elu(x) + 1 for x in (scale * q, k))
+    wanted = reference.feature_attention(phi_q, phi_k, v, key_mask=call["key_mask"], is_causal=call["is_causal"])
     assert_right("elu", wanted, call)
 
 
@@ -107,8 +108,8 @@ def test_elu(call):
 @given(calls(False))
 def test_mean_pooling_to_one_slot_is_the_mean(call):
     q, k, v = call["tensors"]
-    ones = [x.new_ones(*x.shape[:-1], 1) for x in (q, k)]
-    wanted = reference.feature_attention(*ones, v, key_mask=call["key_mask"])
+    ones_q, ones_k = (x.new_ones(*x.shape[:-1], 1) for x in (q, k))
+    wanted = reference.feature_attention(ones_q, ones_k, v, key_mask=call["key_mask"])
     assert_right("linformer", wanted, call, projection="mean-pool", proj_len=1)
     assert_right("mean", wanted, call)
 
