@@ -124,7 +124,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (draw(1, 2, 500, 16, seed=s) for s in range(3))
     mech = RevisitedLinformer(16, 2)
     whole = mech(q, k, v)
-    monkeypatch.setattr(slots_module, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(slots_module, "_MOST_BYTES", 1)
     torch.testing.assert_close(mech(q, k, v), whole, rtol=0, atol=1e-12)
 
 
@@ -137,7 +137,7 @@ def test_every_run_is_the_same() -> None:
 def test_equals_the_formula() -> None:
     q, k, v = draw(1, 1, 12, 8, scale=2.0), draw(1, 1, 90, 8, seed=1), draw(1, 1, 90, 3, seed=2)
     centre = slots_module.mean_key(k, None)
-    ids = slots_module.nearest_slot((k - centre)[0], slots_module.slot_centres(k, None, centre), None)[0]
+    ids = slots_module.slot_shares((k - centre)[0], slots_module.slot_centres(k, None, centre), None)[0].argmax(-1)
     scale, pooled, total, parts = 8**-0.5, torch.zeros(8, 3, dtype=torch.float64), 0.0, []
     for c in ids.unique().tolist():
         keys, values = k[0, 0, ids == c], v[0, 0, ids == c]
@@ -232,7 +232,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_larger_than_the_output_or_one_block_is_made() -> None:
-    block = slots_module._BLOCK_BYTES // 4
+    block = slots_module._MOST_BYTES // 4
     for length in (4096, 16384):
         q, k = (draw(1, 4, length, 32, seed=s, dtype=torch.float32) for s in range(2))
         v = draw(1, 4, length, 8, seed=2, dtype=torch.float32)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from . import statistics
 
-_BLOCK_BYTES = 1 << 21  # features of one block: what two second-level caches hold
+_BLOCK_BYTES = 1 << 21  # of the features of one block; with less, calls cost more than caches save (docs/log.md)
 _MIN_BLOCK = 64  # tokens; below this the matrix products are too thin
 _CHUNK = 128  # tokens of a causal chunk: within it the similarities are exact and C x C
 
@@ -195,8 +195,11 @@ def combine(*parts: Reading) -> Reading:
     )
 
 
-def finish(reading: Reading) -> Tensor:
-    """numerator / denominator under the denominator policy, in float32 or 64; rows that attend to nothing give 0."""
+def finish(reading: Reading, out: Tensor | None = None) -> Tensor:
+    """numerator / denominator under the denominator policy, in float32 or 64; rows that attend to nothing give 0.
+
+    ``out`` (B, H, n, Dv), if given, is written to and returned; without gradients only.
+    """
     denominator, magnitude = reading.denominator, reading.magnitude
     limits = torch.finfo(denominator.dtype)
     floor = (magnitude * (8 * limits.eps)).clamp_min(limits.tiny)
@@ -207,7 +210,7 @@ def finish(reading: Reading) -> Tensor:
         statistics.count(empty, negative, small)
     safe = torch.where(small, torch.where(negative, -floor, floor), denominator)
     safe = torch.where(empty, torch.ones_like(safe), safe)
-    return reading.numerator / safe[..., None]
+    return torch.div(reading.numerator, safe[..., None], out=out)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor | None) -> Tensor:
@@ -426,7 +429,7 @@ def _exp_difference(a: Tensor, top: Tensor) -> Tensor:
 def _blocks(x: Tensor, v: Tensor, features: Features) -> Sequence[tuple[int, int]]:
     """Token ranges of x (B, H, N, D) whose features, or whatever is widest, fit in the cache."""
     length = x.shape[-2]
-    width = max(features.num_features, features.block_width, v.shape[-1])
+    width = max(features.num_features, v.shape[-1])
     block = _BLOCK_BYTES // max(4 * width * x.shape[0] * x.shape[1], 1)
     block = max(block - block % _MIN_BLOCK, _MIN_BLOCK)  # odd lengths cost matrix products a third of their rate
     return [(start, min(start + block, length)) for start in range(0, length, block)]
@@ -445,15 +448,20 @@ class _Out:
         self._filled = 0
 
     def add(self, reading: Reading) -> None:
-        block = finish(reading)
-        if self._post is not None:
-            block = self._post(block)
         if self._whole is None:
-            self._parts.append(block.to(self._like.dtype))
+            self._parts.append(self._finished(reading).to(self._like.dtype))
             return
-        stop = self._filled + block.shape[-2]
-        self._whole[..., self._filled : stop, :] = block
+        stop = self._filled + reading.numerator.shape[-2]
+        place = self._whole[..., self._filled : stop, :]
+        if self._post is None and place.dtype == reading.numerator.dtype:
+            finish(reading, out=place)
+        else:
+            place.copy_(self._finished(reading))
         self._filled = stop
+
+    def _finished(self, reading: Reading) -> Tensor:
+        block = finish(reading)
+        return block if self._post is None else self._post(block)
 
     def whole(self) -> Tensor:
         if self._whole is not None:

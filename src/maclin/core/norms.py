@@ -115,6 +115,16 @@ class PostScale(nn.Module):
         self.gamma = nn.Parameter(torch.ones(num_heads))
         self.beta = nn.Parameter(torch.ones(num_heads))
 
+    def is_identity(self) -> bool:
+        """Whether it is known to change nothing, as before training.
+
+        Asked on the CPU and without gradients only: elsewhere the answer would wait for the device, or hide the
+        parameters from autograd.
+        """
+        if torch.is_grad_enabled() or self.gamma.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return bool((self.gamma == 1).all() & (self.beta == 1).all())
+
     def forward(self, out: Tensor) -> Tensor:
         """Out (B, H, N, Dv) -> same shape and dtype."""
         wide = out.to(accumulation_dtype(out.dtype))

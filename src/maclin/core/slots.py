@@ -13,18 +13,22 @@ from torch import Tensor
 
 from .contract import accumulation_dtype
 
-_BLOCK_BYTES = 1 << 21  # of one block of keys or queries, small enough for the caches of a CPU
+# A block of keys or queries fits in the caches of a CPU; and what is made of it is small beside q, k and v, so that the
+# allocator need not fetch memory from the system, and clear it, for every block.
+_LEAST_BYTES, _MOST_BYTES = 1 << 19, 1 << 21
 _MIN_BLOCK = 64  # tokens; below this the matrix products are too thin
 # The next three may be halved or doubled: the error on real keys moves by less than a fiftieth.
-_ROUNDS = 2  # of Lloyd's algorithm
+_ROUNDS = 1  # of Lloyd's algorithm
 _SAMPLE = 8  # times D keys that it runs on
 _EVEN = 4  # times D seed candidates spread evenly through all keys, beside the D farthest from the mean
 _TABLE_BYTES = 1 << 26  # of distances between seed candidates: rows are taken a few at a time beyond it
 
 
 def token_blocks(length: int, rows: int, width: int) -> Iterator[slice]:
-    """Slices that cover ``length`` tokens; a block of ``rows`` heads of ``width`` numbers is about 2 MiB in float32."""
-    block = max(_BLOCK_BYTES // (4 * max(rows * width, 1)), _MIN_BLOCK)
+    """Slices that cover ``length`` tokens of ``rows`` heads of ``width`` numbers: eighths within the bounds above."""
+    token = 4 * max(rows * width, 1)  # bytes
+    block = min(max(length // 8, _LEAST_BYTES // token), _MOST_BYTES // token)
+    block = max(block - block % _MIN_BLOCK, _MIN_BLOCK)
     return (slice(start, min(start + block, length)) for start in range(0, length, block))
 
 
@@ -43,42 +47,21 @@ def wide_block(
     return block.flatten(0, 1)
 
 
-def slot_sums(ids: Tensor, x: Tensor, num_slots: int) -> Tensor:
-    """Sums of x over the tokens of each slot, the same on every run.
-
-    Shape: ids (R, n) up to num_slots (which drops the token), x (R, n, W); returns (R, num_slots, W).
-    Cost: R x n x W additions; on CUDA a product with the one-hot matrix of the block.
-    """
-    rows, _, width = x.shape
-    if x.is_cuda:
-        # scattered additions have no fixed order there
-        slots = torch.arange(num_slots, device=x.device)[:, None]
-        return (ids[:, None] == slots).to(x.dtype) @ x
-    first = torch.arange(rows, device=x.device)[:, None] * (num_slots + 1)
-    # one number a token is added several times faster without its dimension
-    shape = (-1,) if width == 1 else (-1, width)
-    sums = x.new_zeros(rows * (num_slots + 1) * width).view(shape)
-    sums = sums.index_add(0, (ids + first).flatten(), x.reshape(shape))
-    return sums.view(rows, num_slots + 1, width)[:, :num_slots]
-
-
 @torch.no_grad()
-def nearest_slot(
+def slot_shares(
     x: Tensor,  # (R, n, D)
     centres: Tensor,  # (R, C, D)
     dropped: Tensor | None,  # (R, n) bool
-) -> Tensor:  # (R, n)
-    """argmin_c |x - centre_c|, the first of equals, or C where the token is dropped."""
-    num_slots = centres.shape[1]
-    closeness = torch.baddbmm(-0.5 * centres.square().sum(-1)[:, None], x, centres.mT)
-    if x.is_cuda:
-        ids = closeness.argmax(-1)
-    else:
-        # argmax is not vectorised on CPUs; where the maximum is, and the first such place, take half the time
-        best = torch.eq(closeness, closeness.amax(-1, keepdim=True), out=torch.empty_like(closeness))
-        places = torch.arange(num_slots, 0, -1, device=x.device, dtype=x.dtype)
-        ids = num_slots - best.mul_(places).amax(-1).long()
-    return ids if dropped is None else ids.masked_fill(dropped, num_slots)
+) -> Tensor:  # (R, n, C)
+    """1 at the nearest centre of each token, 0 elsewhere; shared evenly between equally near ones; 0 where dropped.
+
+    As a matrix, because sums over slots are then products with it: faster than scattering on every device, and the
+    same on every run.
+    """
+    closeness = torch.bmm(x, centres.mT).sub_(0.5 * centres.square().sum(-1)[:, None])
+    nearest = torch.eq(closeness, closeness.amax(-1, keepdim=True), out=torch.empty_like(closeness))
+    shares = nearest.div_(nearest.sum(-1, keepdim=True))
+    return shares if dropped is None else shares.masked_fill_(dropped[..., None], 0.0)
 
 
 @torch.no_grad()
@@ -99,7 +82,7 @@ def mean_key(k: Tensor, key_mask: Tensor | None) -> Tensor:
 def slot_centres(k: Tensor, key_mask: Tensor | None, centre: Tensor) -> Tensor:
     """Centres of D slots, from the keys alone, relative to their mean.
 
-    c <- D keys far apart; twice over 8 D keys: slot(j) = argmin_c |k_j - c|, c <- mean of the keys of the slot.
+    c <- D keys far apart; over 8 D keys: slot(j) = argmin_c |k_j - c|, c <- mean of the keys of the slot.
 
     At most D different keys have a centre each, however often each occurs; the order of the keys plays no part.
 
@@ -140,11 +123,11 @@ def slot_centres(k: Tensor, key_mask: Tensor | None, centre: Tensor) -> Tensor:
     every = torch.where(count > steps.numel(), steps * count // steps.numel(), steps)
     sample = gather(order.gather(-1, every.clamp(max=length - 1)))
     dropped = steps >= count
-    ones = sample.new_ones(*sample.shape[:-1], 1)
+    sample = sample.masked_fill(dropped[..., None], 0.0)
     for _ in range(_ROUNDS):
-        ids = nearest_slot(sample, centres, dropped)
-        mass = slot_sums(ids, ones, num_slots)
-        centres = torch.where(mass > 0, slot_sums(ids, sample, num_slots) / mass.clamp(min=1), centres)
+        shares = slot_shares(sample, centres, dropped).mT
+        mass = shares.sum(-1, keepdim=True)
+        centres = torch.where(mass > 0, shares @ sample / mass.masked_fill(mass == 0, 1.0), centres)
     return centres
 
 

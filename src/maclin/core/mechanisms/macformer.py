@@ -143,7 +143,8 @@ class Macformer(FeatureMechanism):
             return phi(norm_k(k))
 
         m = self.head_dim + 1 if self.estimator == "taylor" else self.num_features
-        return Features(query, key, m, block_width=width, post=self.post)
+        post = None if self.post is None or self.post.is_identity() else self.post
+        return Features(query, key, m, block_width=width, post=post)
 
     def calibrated(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Mechanism:
         """A copy whose running statistics (ppsbn="batch") are those of q and k."""

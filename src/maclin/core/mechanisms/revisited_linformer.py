@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..slots import mean_key, nearest_slot, slot_centres, slot_sums, token_blocks, wide_block
+from ..slots import mean_key, slot_centres, slot_shares, token_blocks, wide_block
 from .base import Mechanism
 
 
@@ -111,7 +111,7 @@ def summarise(k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Sl
             block = _block_sums(*arguments)
         sums = block if sums is None else _Sums(*(a + b for a, b in zip(sums, block, strict=True)))
     assert sums is not None  # there is a key
-    count = sums.mass.clamp(min=1)
+    count = sums.mass.masked_fill(sums.mass == 0, 1.0)
     key, value = sums.key / count, sums.value / count
     within = (sums.square - sums.key.mul(key).sum(-1, keepdim=True)).clamp(min=0)
     # the floor is what rounding leaves of keys that coincide; a ratio of such numbers means nothing
@@ -154,13 +154,12 @@ def _block_sums(
 ) -> _Sums:
     x, y = wide_block(k, tokens, key_mask, centre), wide_block(v, tokens, key_mask)
     dropped = None if key_mask is None else ~key_mask[:, tokens].repeat_interleave(k.shape[1], dim=0)
-    ids = nearest_slot(x.detach(), centres, dropped)
-    num_slots = centres.shape[1]
+    shares = slot_shares(x.detach(), centres, dropped).mT
     return _Sums(
-        slot_sums(ids, torch.ones_like(x[..., :1]), num_slots),
-        slot_sums(ids, x, num_slots),
-        slot_sums(ids, torch.linalg.vector_norm(x, dim=-1, keepdim=True).square(), num_slots),
-        slot_sums(ids, y, num_slots),
+        shares.sum(-1, keepdim=True),
+        shares @ x,
+        shares @ torch.linalg.vector_norm(x, dim=-1, keepdim=True).square(),
+        shares @ y,
         x.mT @ y,
     )
 
@@ -171,12 +170,14 @@ def _read(q: Tensor, slots: Slots, dtype: torch.dtype) -> Tensor:
     rows, _, value_width = slots.value.shape
     # the query heads of a group follow each other over the slots of their key head
     x = q.to(slots.key.dtype).reshape(rows, batch * heads // rows * length, width)
-    # stretched = (r l)², so that r l = stretched * inverse and 1 / r = l * inverse
-    stretched = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() * slots.growth).add_(slots.least.square())
-    inverse = stretched.rsqrt()
-    weights = torch.softmax(torch.baddbmm(slots.bias, x, slots.key.mT).addcmul_(stretched, inverse), dim=-1)
-    drift = (x @ slots.drift) * ((weights * inverse) @ slots.reach)
-    return torch.baddbmm(drift, weights, slots.value).view(batch, heads, length, value_width).to(dtype)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+    root = torch.addcmul(slots.least.square(), square, slots.growth).sqrt()  # r l, so that 1 / r = l / root
+    logits = torch.baddbmm(slots.bias, x, slots.key.mT).add_(root)
+    # torch.softmax takes as long as three matrix products at this width; the sum divides out, which is narrower
+    weights = logits.sub_(logits.detach().amax(-1, keepdim=True)).exp_()
+    drift = (x @ slots.drift) * ((weights / root) @ slots.reach)
+    out = torch.baddbmm(drift, weights, slots.value) / weights.sum(-1, keepdim=True)
+    return out.view(batch, heads, length, value_width).to(dtype)
 
 
 def _recomputes(*tensors: Tensor) -> bool:
