@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -25,8 +26,9 @@ from pathlib import Path
 import torch
 
 import maclin
+from maclin.adopt import audit, default_config, load, packaged_model, python_documents
 from maclin.bench import break_even, environment, interleaved, peak_bytes, sweep_attention
-from maclin.records import BreakEven, Environment, Timing
+from maclin.records import Audit, BreakEven, Environment, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 MECHANISMS = ("macformer", "efficient", "revisited_linformer")
@@ -37,6 +39,7 @@ RATIO_WANTED, RATIO_LENGTH = 16.0, 8192
 MEMORY_LENGTHS = (4096, 16384)
 MEMORY_SHARE_WANTED = 0.1  # of what storing the features of the additional tokens would take
 IMPORT_WANTED_S = 0.1
+ERROR_WANTED, WORST_WANTED = 0.75, 1.0  # of the error of mean-pool Linformer with k = 2 D
 MAKE_WANTED_S = 600.0
 BUSY_LOAD = 0.5  # processes that were running in the last minute
 
@@ -107,6 +110,33 @@ def memory_target(name: str) -> Target:
         f"{' and '.join(f'{n / 2**20:.2f} MiB' for n in beyond)} at {' and '.join(map(str, MEMORY_LENGTHS))} tokens, "
         f"peak of live tensors, M = {width}",
         share <= MEMORY_SHARE_WANTED,
+    )
+
+
+def error_target(found: Audit) -> Target:
+    """Error of revisited_linformer over that of mean-pool Linformer with k = 2 D, layer by layer of a real model."""
+    ratios = []
+    for layer in found.layers:
+        error = {row.mechanism: row.rel_error for row in layer.errors}
+        ratios.append((error["revisited_linformer"] or math.nan) / (error["linformer"] or math.nan))
+    mean, worst = math.exp(sum(map(math.log, ratios)) / len(ratios)), max(ratios)
+    return Target(
+        "revisited_linformer: error over mean-pool Linformer",
+        f"geometric mean at most {ERROR_WANTED:g}, no layer above {WORST_WANTED:g}",
+        f"{mean:.3f}, worst {worst:.3f}",
+        f"layers {', '.join(f'{ratio:.3f}' for ratio in ratios)}; {found.num_documents} documents of up to "
+        f"{found.length} tokens",
+        mean <= ERROR_WANTED and worst <= WORST_WANTED,
+    )
+
+
+def packaged_audit() -> Audit:
+    """Both mechanisms on the packaged model and the documents that ship with Python."""
+    loaded = load(packaged_model())
+    return audit(
+        loaded.model,
+        loaded.tokenize(python_documents().texts, batch_size=4),
+        [("linformer", default_config("linformer", loaded.info().head_dim)), "revisited_linformer"],
     )
 
 
@@ -198,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = break_even(timings, "attention")
     targets = speed_targets(timings, found)
     targets += [memory_target(name) for name in MECHANISMS]
+    targets.append(error_target(packaged_audit()))
     targets.append(import_target())
     if options.make:
         targets += make_targets()

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from maclin.bench import break_even, environment
-from maclin.records import Timing
+from maclin.records import Audit, LayerAudit, MechanismError, Timing
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +71,32 @@ def test_the_file_is_named_by_date_and_hardware(targets: ModuleType) -> None:
     assert path.parent == Path("results")
     assert path.name.startswith(f"poc-targets_{where.date_utc[:10]}_")
     assert path.name.endswith(f"-{where.num_threads}-threads.json")
+
+
+@pytest.mark.parametrize(
+    ("errors", "measured", "met"),
+    [
+        ([(0.4, 0.8), (0.5, 0.5)], "0.707, worst 1.000", True),
+        ([(0.1, 0.8), (0.51, 0.5)], "0.357, worst 1.020", False),
+        ([(0.4, 0.5), (0.4, 0.5)], "0.800, worst 0.800", False),
+    ],
+)
+def test_the_error_is_compared_layer_by_layer(
+    targets: ModuleType, errors: list[tuple[float, float]], measured: str, met: bool
+) -> None:
+    layers = tuple(
+        LayerAudit(
+            str(i),
+            1,
+            1,
+            8,
+            10,
+            (),
+            1.0,
+            (1.0,),
+            (MechanismError("revisited_linformer", {}, ours), MechanismError("linformer", {}, theirs)),
+        )
+        for i, (ours, theirs) in enumerate(errors)
+    )
+    target = targets.error_target(Audit(layers, 512, 3))
+    assert (target.measured, target.met) == (measured, met)

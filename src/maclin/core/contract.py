@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import statistics
+from .blocks import OutBlocks
 
 _BLOCK_BYTES = 1 << 21  # of the features of one block; with less, calls cost more than caches save (docs/log.md)
 _MIN_BLOCK = 64  # tokens; below this the matrix products are too thin
@@ -225,9 +226,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor
 
 def read_all(q: Tensor, sums: Sums, features: Features, v: Tensor) -> Tensor:
     """All queries read the sums, block by block; v gives out its dtype and width."""
-    out = _Out(q, v, features)
+    out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
     for start, stop in _blocks(q, v, features):
-        out.add(read(q[:, :, start:stop], sums, features))
+        _put(out, read(q[:, :, start:stop], sums, features), features)
     return out.whole()
 
 
@@ -248,7 +249,7 @@ def attend_causal(
     if offset:
         prefix_mask = None if key_mask is None else key_mask[:, :offset]
         total = accumulate(k[:, :, :offset], v[:, :, :offset], features, prefix_mask, total)
-    out = _Out(q, v, features)
+    out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
     for start in range(0, q.shape[-2], _CHUNK):
         stop = min(start + _CHUNK, q.shape[-2])
         keys = slice(offset + start, offset + stop)
@@ -261,7 +262,7 @@ def attend_causal(
             reading = _log_chunk(phi_q, phi_k, v_chunk, total, features)
         else:
             reading = _linear_chunk(phi_q, phi_k, v_chunk, total, mask, log_gate, features)
-        out.add(reading)
+        _put(out, reading, features)
         total = _absorb(total, phi_k, v_chunk, mask, log_gate)
     return out.whole(), total
 
@@ -435,35 +436,11 @@ def _blocks(x: Tensor, v: Tensor, features: Features) -> Sequence[tuple[int, int
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 
 
-class _Out:
-    """out (B, H, N, Dv), filled block by block."""
-
-    def __init__(self, q: Tensor, v: Tensor, features: Features) -> None:
-        self._like = v
-        self._shape = (*q.shape[:-1], v.shape[-1])
-        self._post = features.post
-        # with gradients, writing into slices would make each block's backward copy the whole gradient
-        self._parts: list[Tensor] = []
-        self._whole = None if torch.is_grad_enabled() else v.new_empty(self._shape)
-        self._filled = 0
-
-    def add(self, reading: Reading) -> None:
-        if self._whole is None:
-            self._parts.append(self._finished(reading).to(self._like.dtype))
-            return
-        stop = self._filled + reading.numerator.shape[-2]
-        place = self._whole[..., self._filled : stop, :]
-        if self._post is None and place.dtype == reading.numerator.dtype:
-            finish(reading, out=place)
-        else:
-            place.copy_(self._finished(reading))
-        self._filled = stop
-
-    def _finished(self, reading: Reading) -> Tensor:
+def _put(out: OutBlocks, reading: Reading, features: Features) -> None:
+    numerator = reading.numerator
+    place = out.place(numerator.shape[-2], numerator.dtype) if features.post is None else None
+    if place is not None:
+        finish(reading, out=place)
+    else:
         block = finish(reading)
-        return block if self._post is None else self._post(block)
-
-    def whole(self) -> Tensor:
-        if self._whole is not None:
-            return self._whole
-        return torch.cat(self._parts, dim=-2) if self._parts else self._like.new_zeros(self._shape)
+        out.add(block if features.post is None else features.post(block))

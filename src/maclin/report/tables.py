@@ -121,7 +121,8 @@ def audit_table(audit: Audit) -> Table:
                 if not layer.refused:
                     missing.append((f"{names[key]} on {layer.layer}", error.reason if error else "not audited"))
             else:
-                worse = layer.uniform_rel_error is not None and error.rel_error > layer.uniform_rel_error
+                # beyond what rounding makes of averaging itself
+                worse = layer.uniform_rel_error is not None and error.rel_error > 1.001 * layer.uniform_rel_error
                 cells.append(("* " if worse else "") + words.figure(error.rel_error))
         uniform = NONE if layer.uniform_rel_error is None else words.figure(layer.uniform_rel_error)
         body.append((layer.layer, uniform, *cells))

@@ -167,6 +167,6 @@ def _segment_max(x: Tensor, segment: Tensor, slots: int) -> Tensor:
 
 def _slot_attention(q: Tensor, slots_k: Tensor, slots_v: Tensor, used: Tensor, scale: float) -> Tensor:
     """Exact softmax over the slots in use (B, k); samples without any give 0."""
-    allowed = used[:, None, None, :]
-    out = fused_attention(q.to(slots_k.dtype), slots_k, slots_v, allowed, scale=scale)
-    return out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    # where no slot is in use all values are 0, and so is whatever is read of them
+    allowed = (used | ~used.any(-1, keepdim=True))[:, None, None, :]
+    return fused_attention(q.to(slots_k.dtype), slots_k, slots_v, allowed, scale=scale)

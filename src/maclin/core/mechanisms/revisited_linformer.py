@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..blocks import OutBlocks
 from ..slots import mean_key, slot_centres, slot_shares, token_blocks, wide_block
 from .base import Mechanism
 
@@ -81,16 +82,14 @@ def slot_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sca
         return v.new_zeros(shape)
     blocks = list(token_blocks(length, batch * heads, width))
     slots = summarise(k, v, key_mask, scale)
-    if _recomputes(q, *slots):
-        parts = [
-            checkpoint(_read, q[:, :, tokens], slots, v.dtype, use_reentrant=False, preserve_rng_state=False)
-            for tokens in blocks
-        ]
-        return torch.cat(parts, dim=2)
-    out = v.new_empty(shape)
+    out = OutBlocks(v, shape)
     for tokens in blocks:
-        out[:, :, tokens] = _read(q[:, :, tokens], slots, v.dtype)
-    return out
+        arguments = (q[:, :, tokens], slots, v.dtype)
+        if _recomputes(q, *slots):
+            out.add(checkpoint(_read, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            out.add(_read(*arguments))
+    return out.whole()
 
 
 def summarise(k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Slots:

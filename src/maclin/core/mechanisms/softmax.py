@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..blocks import OutBlocks
 from ..errors import InputError, OptionError
 from ..fused import fused_attention
 from .base import Mechanism, State
@@ -55,14 +56,14 @@ class Softmax(Mechanism):
             return self._sdpa(q, k, v, None, True, scale), new_state
         # SDPA aligns its causal mask top-left; ours is bottom-right, so the mask is built, a block of queries at a time
         positions = torch.arange(total, device=k.device)
-        parts: list[Tensor] = []
+        out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
         for start in range(0, length, _QUERY_BLOCK):
             stop = min(start + _QUERY_BLOCK, length)
             seen = total - length + stop  # keys that some query of this block may see
             rows = positions[total - length + start : seen, None]
             allowed = (positions[None, :seen] <= rows) & mask[:, None, None, :seen]
-            parts.append(self._sdpa(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], allowed, False, scale))
-        return torch.cat(parts, dim=2) if parts else v.new_zeros(*q.shape[:-1], v.shape[-1]), new_state
+            out.add(self._sdpa(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], allowed, False, scale))
+        return out.whole(), new_state
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, is_causal: bool, scale: float) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0

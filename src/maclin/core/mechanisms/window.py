@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..blocks import OutBlocks
 from ..errors import InputError, OptionError
 from ..fused import fused_attention
 from .base import Mechanism, State
@@ -72,28 +73,28 @@ class Window(Mechanism):
         length, total = q.shape[2], k.shape[2]
         block = max(2 * self.window, 64)  # as many queries as they share keys beyond the band
         offset = total - length
-        parts: list[Tensor] = []
+        out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
         for start in range(0, length, block):
             stop = min(start + block, length)
             first = min(max(start + offset - self.window, 0), total)
             last = min(max(stop + offset + ahead, first), total)
             if last == first:
-                parts.append(v.new_zeros(*q.shape[:2], stop - start, v.shape[3]))
+                out.add(v.new_zeros(*q.shape[:2], stop - start, v.shape[3]))
                 continue
             rows = torch.arange(start + offset, stop + offset, device=q.device)[:, None]
             columns = torch.arange(first, last, device=q.device)[None, :]
             allowed = ((columns >= rows - self.window) & (columns <= rows + ahead))[None, None]
             if key_mask is not None:
                 allowed = allowed & key_mask[:, None, None, first:last]
-            out = fused_attention(
+            part = fused_attention(
                 q[:, :, start:stop],
                 k[:, :, first:last],
                 v[:, :, first:last],
                 allowed,
                 scale=scale,
             )
-            parts.append(out.masked_fill(~allowed.any(-1, keepdim=True), 0.0))
-        return torch.cat(parts, dim=2) if parts else v.new_zeros(*q.shape[:-1], v.shape[-1])
+            out.add(part.masked_fill(~allowed.any(-1, keepdim=True), 0.0))
+        return out.whole()
 
     def cost(self, num_queries: int, num_keys: int, value_dim: int) -> int:
         """N x min(S, keys of a block) x (D + Dv)."""
