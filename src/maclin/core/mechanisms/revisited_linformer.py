@@ -34,7 +34,7 @@ class RevisitedLinformer(Mechanism):
         num_heads: H.
         num_kv_heads: Hk (default H).
 
-    Cost: S x (D² + D Dv) + N x (D² + 2 D Dv) + 41 D³ multiply-adds per head, and one sort of S numbers; memory
+    Cost: 2 S x (D² + D Dv) + N x (D² + 2 D Dv) + 41 D³ multiply-adds per head, and one sort of S numbers; memory
         beyond the tensors one block of tokens and a few numbers per key. The gradient recomputes the blocks.
     Source: the aim of Verma 2020, arXiv 2101.10277 (linear time and space, independent of the projection
         dimension), of which only the abstract was available; the formula is our own, so no deviation can be named.
@@ -49,9 +49,9 @@ class RevisitedLinformer(Mechanism):
         return slot_attention(q, k, v, key_mask, scale)
 
     def cost(self, num_queries: int, num_keys: int, value_dim: int) -> int:
-        """S x (D² + D Dv) + N x (D² + 2 D Dv) + 41 D³."""
+        """2 S x (D² + D Dv) + N x (D² + 2 D Dv) + 41 D³."""
         d = self.head_dim
-        return num_keys * d * (d + value_dim) + num_queries * d * (d + 2 * value_dim) + 41 * d**3
+        return 2 * num_keys * d * (d + value_dim) + num_queries * d * (d + 2 * value_dim) + 41 * d**3
 
 
 class Slots(NamedTuple):
@@ -96,7 +96,7 @@ def summarise(k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Sl
     """Assign the keys to slots and take the moments of each slot.
 
     Shape: k (B, Hk, S, D), v (B, Hk, S, Dv), key_mask (B, S).
-    Cost: S x (D² + D Dv) multiply-adds per key head beside the centres of the slots.
+    Cost: 2 S x (D² + D Dv) multiply-adds per key head beside the centres of the slots.
     """
     length, width = k.shape[2:]
     centre = mean_key(k, key_mask)
@@ -174,8 +174,8 @@ def _read(q: Tensor, slots: Slots, dtype: torch.dtype) -> Tensor:
     logits = torch.baddbmm(slots.bias, x, slots.key.mT).add_(root)
     # torch.softmax takes as long as three matrix products at this width; the sum divides out, which is narrower
     weights = logits.sub_(logits.detach().amax(-1, keepdim=True)).exp_()
-    drift = (x @ slots.drift) * ((weights / root) @ slots.reach)
-    out = torch.baddbmm(drift, weights, slots.value) / weights.sum(-1, keepdim=True)
+    out = torch.addcmul(weights @ slots.value, x @ slots.drift, (weights / root) @ slots.reach)
+    out = out / weights.sum(-1, keepdim=True)
     return out.view(batch, heads, length, value_width).to(dtype)
 
 
