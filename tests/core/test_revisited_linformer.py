@@ -128,6 +128,21 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(mech(q, k, v), whole, rtol=0, atol=1e-12)
 
 
+def test_the_traversal_is_the_same_on_every_device() -> None:
+    points = draw(3, 40, 5)
+    distance = torch.cdist(points, points).square()
+    first = torch.arange(3) * 40
+    start = torch.tensor([4, 0, 39]) + first
+    picks = slots_module._traverse(distance.flatten(0, 1), start, first, 12)
+    fast = slots_module._traverse_numpy(distance.flatten(0, 1).numpy(), start.numpy(), first.numpy(), 12)
+    assert torch.equal(picks, torch.from_numpy(fast))
+    for row in range(3):  # each pick is the farthest from all before it
+        own = (picks[row] - first[row]).tolist()
+        for i in range(1, 12):
+            reach = distance[row][:, own[:i]].amin(-1)
+            assert reach[own[i]] == reach.max()
+
+
 def test_every_run_is_the_same() -> None:
     q, k, v = (draw(1, 2, 700, 16, seed=s, dtype=torch.float32) for s in range(3))
     mech = RevisitedLinformer(16, 2)
