@@ -144,7 +144,7 @@ def attend_causal_with(
     mask: Tensor | None,
     state: State | None,
 ) -> tuple[Tensor, State]:
-    from maclin.core.contract import attend_causal
+    from maclin.core.causal import attend_causal
 
     out, sums = attend_causal(q, k, v, features, mask, mech._sums(state, k, v, features))
     return out, tuple(sums)

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 import maclin
-from maclin.core import contract, statistics
+from maclin.core import algebra, contract, statistics
+from maclin.core import causal as causal_contract
+from maclin.core.causal import attend_causal
 from maclin.core.contract import (
     Features,
     Reading,
     Sums,
     accumulate,
     attend,
-    attend_causal,
     combine,
     empty_sums,
     finish,
@@ -44,7 +45,7 @@ def maps(request) -> Features:
 def small_blocks(monkeypatch, block: int = 7, chunk: int = 5) -> None:
     monkeypatch.setattr(contract, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(contract, "_MIN_BLOCK", block)
-    monkeypatch.setattr(contract, "_CHUNK", chunk)
+    monkeypatch.setattr(causal_contract, "_CHUNK", chunk)
 
 
 def unscaled(sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
@@ -377,10 +378,10 @@ def test_the_same_with_and_without_gradients(monkeypatch, qkv, maps, causal):
 def test_each_query_head_uses_the_weight_of_its_key_head(heads):
     x, weight = torch.randn(3, heads, 5, 4), torch.randn(2, 4, 7)
     wanted = torch.stack([x[:, h] @ weight[h * 2 // heads] for h in range(heads)], dim=1)
-    torch.testing.assert_close(contract.per_key_head(x, weight), wanted)
+    torch.testing.assert_close(algebra.per_key_head(x, weight), wanted)
     per_sample = torch.randn(3, 2, 4, 7)
     wanted = torch.stack([x[:, h] @ per_sample[:, h * 2 // heads] for h in range(heads)], dim=1)
-    torch.testing.assert_close(contract.per_key_head(x.mT.contiguous().mT, per_sample), wanted)
+    torch.testing.assert_close(algebra.per_key_head(x.mT.contiguous().mT, per_sample), wanted)
 
 
 def test_the_sums_stay_wide_under_autocast(qkv):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import maclin
+from maclin.core import causal as causal_contract
 from maclin.core import contract, reference
 from maclin.core.kernels import Kernel
 from maclin.core.kernels import kernel as kernel_of
@@ -106,7 +107,7 @@ def blocks(request, monkeypatch) -> None:
     if request.param == "blocks":
         monkeypatch.setattr(contract, "_BLOCK_BYTES", 1)
         monkeypatch.setattr(contract, "_MIN_BLOCK", 6)
-        monkeypatch.setattr(contract, "_CHUNK", 13)
+        monkeypatch.setattr(causal_contract, "_CHUNK", 13)
 
 
 @pytest.mark.usefixtures("blocks")

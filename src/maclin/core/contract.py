@@ -25,14 +25,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import statistics
+from .algebra import accumulation_dtype, exp_difference, finite, grouped, per_key_head, top_of, wide
 from .blocks import OutBlocks
 
 _BLOCK_BYTES = 1 << 21  # of the features of one block; with less, calls cost more than caches save (docs/log.md)
 _MIN_BLOCK = 64  # tokens; below this the matrix products are too thin
-_CHUNK = 128  # tokens of a causal chunk: within it the similarities are exact and C x C
 
 
 @dataclass(frozen=True)
@@ -89,24 +88,6 @@ class Reading(NamedTuple):
     log_scale: Tensor | None = None
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def per_key_head(x: Tensor, weight: Tensor) -> Tensor:
-    """x (B, H, n, P) times weight (..., Hk, P, R): each query head uses the weight of its key head.
-
-    Shape: weight is (Hk, P, R) or (B, Hk, P, R), Hk divides H; returns (B, H, n, R).
-    """
-    batch, heads, length, width = x.shape
-    key_heads = weight.shape[-3]
-    if heads == key_heads:
-        return x @ weight
-    grouped = x.reshape(batch, key_heads, heads // key_heads * length, width) @ weight
-    return grouped.view(batch, heads, length, weight.shape[-1])
-
-
 def empty_sums(k: Tensor, v: Tensor, features: Features) -> Sums:
     """The sums of no keys: zero, with log_scale minus infinity."""
     batch, key_heads, m = k.shape[0], k.shape[1], features.num_features
@@ -124,7 +105,7 @@ def merge(a: Sums, b: Sums) -> Sums:
     if a.log_scale.shape[-1] == 0:
         return Sums(a.kv + b.kv, a.z + b.z, a.log_scale, a.count + b.count)
     top = torch.maximum(a.log_scale, b.log_scale)
-    scale_a, scale_b = _exp_difference(a.log_scale, top), _exp_difference(b.log_scale, top)
+    scale_a, scale_b = exp_difference(a.log_scale, top), exp_difference(b.log_scale, top)
     return Sums(
         a.kv * scale_a[..., None] + b.kv * scale_b[..., None],
         a.z * scale_a + b.z * scale_b,
@@ -148,26 +129,26 @@ def accumulate(k: Tensor, v: Tensor, features: Features, key_mask: Tensor | None
     total = empty_sums(k, v, features) if sums is None else sums
     for start, stop in _blocks(k, v, features):
         mask = None if key_mask is None else key_mask[:, start:stop]
-        k_block = _wide(k[:, :, start:stop])
-        log_gate = _log_gate(k_block, mask, features)
-        total = _absorb(total, _key_features(k_block, mask, features), _wide(v[:, :, start:stop]), mask, log_gate)
+        k_block = wide(k[:, :, start:stop])
+        log_gate = log_gate_of(k_block, mask, features)
+        total = absorb(total, key_features(k_block, mask, features), wide(v[:, :, start:stop]), mask, log_gate)
     return total
 
 
 def read(q: Tensor, sums: Sums, features: Features) -> Reading:
     """What queries q (B, H, n, D) read from the sums; one block, so n x M numbers are held."""
-    phi = features.query(_wide(q))
+    phi = features.query(wide(q))
     kv, z = sums.kv, sums.z
     count = sums.count[:, None, None].expand(phi.shape[:-1])
     if not features.log_domain:
-        return _linear_reading(phi, kv, z, count, features)
+        return linear_reading(phi, kv, z, count, features)
     if features.normaliser == "channel":
         # exp(log_scale) cancels between kv and z; a feature without keys has z = 0 and kv = 0
         weights = per_key_head(phi.exp(), kv / torch.where(z == 0, torch.ones_like(z), z)[..., None])
         attends = (count > 0).to(weights.dtype)
         return Reading(weights, attends, attends)
-    scaled = phi + _grouped(sums.log_scale, q.shape[1])[..., None, :]
-    top = _top(scaled, -1)
+    scaled = phi + grouped(sums.log_scale, q.shape[1])[..., None, :]
+    top = top_of(scaled, -1)
     weights = (scaled - top[..., None]).exp()
     denominator = per_key_head(weights, z[..., None])[..., 0]
     return Reading(per_key_head(weights, kv), denominator, denominator, top)
@@ -186,13 +167,13 @@ def combine(*parts: Reading) -> Reading:
     top = scales[0]
     for scale in scales[1:]:
         top = torch.maximum(top, scale)
-    weights = [_exp_difference(scale, top) for scale in scales]
+    weights = [exp_difference(scale, top) for scale in scales]
     pairs = list(zip(parts, weights, strict=True))
     return Reading(
         _total(part.numerator * weight[..., None] for part, weight in pairs),
         _total(part.denominator * weight for part, weight in pairs),
         _total(part.magnitude * weight for part, weight in pairs),
-        _finite(top),
+        finite(top),
     )
 
 
@@ -228,154 +209,31 @@ def read_all(q: Tensor, sums: Sums, features: Features, v: Tensor) -> Tensor:
     """All queries read the sums, block by block; v gives out its dtype and width."""
     out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
     for start, stop in _blocks(q, v, features):
-        _put(out, read(q[:, :, start:stop], sums, features), features)
+        put(out, read(q[:, :, start:stop], sums, features), features)
     return out.whole()
 
 
-def attend_causal(
-    q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor | None, sums: Sums | None = None
-) -> tuple[Tensor, Sums]:
-    """Causal attention, chunk by chunk, continuing from what is known already.
-
-    Within a chunk of C tokens the similarities phi(q_i)^T phi(k_j), j <= i, are made exactly; everything
-    before it is read from the sums. The last query is aligned with the last key, so the first S - N keys
-    are seen by every query. One new token is decoding, many are prefill, the result is the same.
-
-    Shape: as ``attend`` with N <= S; returns out (B, H, N, Dv) and the sums of all keys.
-    Cost: N x (C + M) x (M + Dv) multiply-adds per head, plus the features.
-    """
-    total = empty_sums(k, v, features) if sums is None else sums
-    offset = k.shape[-2] - q.shape[-2]
-    if offset:
-        prefix_mask = None if key_mask is None else key_mask[:, :offset]
-        total = accumulate(k[:, :, :offset], v[:, :, :offset], features, prefix_mask, total)
-    out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
-    for start in range(0, q.shape[-2], _CHUNK):
-        stop = min(start + _CHUNK, q.shape[-2])
-        keys = slice(offset + start, offset + stop)
-        mask = None if key_mask is None else key_mask[:, keys]
-        k_chunk, v_chunk = _wide(k[:, :, keys]), _wide(v[:, :, keys])
-        phi_k = _key_features(k_chunk, mask, features)
-        log_gate = _log_gate(k_chunk, mask, features)
-        phi_q = features.query(_wide(q[:, :, start:stop]))
-        if features.log_domain:
-            reading = _log_chunk(phi_q, phi_k, v_chunk, total, features)
-        else:
-            reading = _linear_chunk(phi_q, phi_k, v_chunk, total, mask, log_gate, features)
-        _put(out, reading, features)
-        total = _absorb(total, phi_k, v_chunk, mask, log_gate)
-    return out.whole(), total
-
-
-def _linear_chunk(
-    phi_q: Tensor,  # (B, H, C, M)
-    phi_k: Tensor,  # (B, Hk, C, M)
-    v: Tensor,  # (B, Hk, C, Dv)
-    sums: Sums,
-    mask: Tensor | None,  # (B, C)
-    log_gate: Tensor | None,  # (B, Hk, C)
-    features: Features,
-) -> Reading:
-    later = torch.ones(phi_q.shape[-2], phi_q.shape[-2], dtype=torch.bool, device=phi_q.device).triu_(1)
-    similarity = per_key_head(phi_q, phi_k.mT).masked_fill(later, 0.0)
-    keys = torch.ones_like(v[:, 0, :, 0]) if mask is None else mask.to(v.dtype)
-    count = (sums.count[:, None] + keys.cumsum(-1))[:, None].expand(phi_q.shape[:-1])
-    kv, z = sums.kv, sums.z
-    if log_gate is not None:
-        passed = log_gate.cumsum(-1)  # log of the product of gates up to and including each position
-        decay = (passed[..., :, None] - passed[..., None, :]).masked_fill(later, -torch.inf).exp()
-        weight = decay * -torch.expm1(log_gate)[..., None, :]
-        similarity = similarity * _grouped(weight, phi_q.shape[1])
-        phi_q = phi_q * _grouped(passed, phi_q.shape[1])[..., None].exp()
-    before = _linear_reading(phi_q, kv, z, count, features)
-    within = per_key_head(similarity, v)
-    if features.normaliser == "count":
-        return Reading(before.numerator + within, before.denominator, before.magnitude)
-    return combine(before, Reading(within, similarity.sum(-1), similarity.abs().sum(-1)))
-
-
-def _log_chunk(
-    log_q: Tensor,  # (B, H, C, M)
-    log_k: Tensor,  # (B, Hk, C, M)
-    v: Tensor,  # (B, Hk, C, Dv)
-    sums: Sums,
-    features: Features,
-) -> Reading:
-    heads = log_q.shape[1]
-    if features.normaliser == "channel":
-        # per channel, the logarithm of the sum over the keys up to each position, the sums included
-        nothing = sums.z == 0
-        known = (sums.z.masked_fill(nothing, 1.0).log() + _finite(sums.log_scale)).masked_fill(nothing, -torch.inf)
-        log_z = torch.cat([known[..., None, :], log_k], dim=-2).logcumsumexp(-2)[..., 1:, :]
-        log_q = log_q - _finite(_grouped(log_z, heads))
-    scaled = log_q + _grouped(sums.log_scale, heads)[..., None, :]
-    top = _top(scaled, -1)
-    weights = (scaled - top[..., None]).exp()
-    denominator = per_key_head(weights, sums.z[..., None])[..., 0]
-    parts = [Reading(per_key_head(weights, sums.kv), denominator, denominator, top)]
-    # Every query reads its own key, then, in blocks of 1, 2, 4 ... keys, every second block the one before it. So each
-    # block of keys has a scale per feature, as sums have, and a later key can never push an earlier row to zero.
-    own = log_q + _grouped(log_k, heads)
-    top = _top(own, -1)
-    weight = (own - top[..., None]).exp().sum(-1)
-    parts.append(Reading(weight[..., None] * _grouped(v, heads), weight, weight, top))
-    length, size = log_q.shape[-2], 1
-    pad = (1 << (length - 1).bit_length()) - length  # to a power of 2
-    if pad:
-        log_q, v = F.pad(log_q, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
-        log_k = F.pad(log_k, (0, 0, 0, pad), value=-torch.inf)
-    while size < length:
-        parts.append(_block_before(log_q, log_k, v, size, length))
-        size *= 2
-    return combine(*parts)
-
-
-def _block_before(
-    log_q: Tensor,  # (B, H, C, M), C a power of 2
-    log_k: Tensor,  # (B, Hk, C, M)
-    v: Tensor,  # (B, Hk, C, Dv)
-    size: int,
-    length: int,
-) -> Reading:
-    """What queries of every second block of ``size`` tokens read from the block before theirs; the others nothing.
-
-    Returns the readings of the first ``length`` queries.
-    """
-
-    def blocks(x: Tensor, which: int) -> Tensor:  # (B, Hk, heads of a group, C / (2 size), size, R)
-        return x.unflatten(1, (v.shape[1], -1)).unflatten(3, (-1, 2, size))[..., which, :, :]
-
-    def rows(x: Tensor) -> Tensor:  # what blocks returned -> (B, H, length, R)
-        return F.pad(x, (0, 0, size, 0)).flatten(3, 4).flatten(1, 2)[:, :, :length]
-
-    query, key = blocks(log_q, 1), blocks(log_k, 0)
-    log_scale = _finite(key.detach().amax(-2, keepdim=True))
-    scaled = query + log_scale
-    top = _finite(scaled.detach().amax(-1, keepdim=True))
-    similarity = (scaled - top).exp() @ (key - log_scale).exp().mT
-    denominator = rows(similarity.sum(-1, keepdim=True))[..., 0]
-    return Reading(rows(similarity @ blocks(v, 0)), denominator, denominator, rows(top)[..., 0])
-
-
-def _linear_reading(phi: Tensor, kv: Tensor, z: Tensor, count: Tensor, features: Features) -> Reading:
+def linear_reading(phi: Tensor, kv: Tensor, z: Tensor, count: Tensor, features: Features) -> Reading:
+    """What features phi (B, H, n, M), not logarithms, read of kv and z; count (B, H, n) keys are behind each row."""
     numerator = per_key_head(phi, kv)
     if features.normaliser == "count":
         return Reading(numerator, count, count)
     heads = phi.shape[1]
-    denominator = (_grouped(z, heads)[..., None, :] @ phi.mT)[..., 0, :]
+    denominator = (grouped(z, heads)[..., None, :] @ phi.mT)[..., 0, :]
     # not vector_norm, which is many times slower where the tokens stand together in memory
-    magnitude = (phi * phi).sum(-1).sqrt() * _grouped(torch.linalg.vector_norm(z, dim=-1), heads)[..., None]
+    magnitude = (phi * phi).sum(-1).sqrt() * grouped(torch.linalg.vector_norm(z, dim=-1), heads)[..., None]
     return Reading(numerator, denominator, magnitude)
 
 
-def _absorb(sums: Sums, phi: Tensor, v: Tensor, mask: Tensor | None, log_gate: Tensor | None) -> Sums:
+def absorb(sums: Sums, phi: Tensor, v: Tensor, mask: Tensor | None, log_gate: Tensor | None) -> Sums:
+    """The sums with one block of keys more, whose features phi (B, Hk, n, M) are masked already."""
     keys = v.new_full((v.shape[0],), v.shape[-2]) if mask is None else mask.sum(-1).to(v.dtype)
     kv, z, log_scale, count = sums.kv, sums.z, sums.log_scale, sums.count + keys
     if log_scale.shape[-1]:
         top = torch.maximum(log_scale, phi.detach().amax(-2))
-        shrink = _exp_difference(log_scale, top)
+        shrink = exp_difference(log_scale, top)
         kv, z, log_scale = kv * shrink[..., None], z * shrink, top
-        phi = (phi - _finite(top)[..., None, :]).exp()
+        phi = (phi - finite(top)[..., None, :]).exp()
     if log_gate is not None:
         passed = log_gate.cumsum(-1)
         kept = passed[..., -1].exp()
@@ -386,45 +244,24 @@ def _absorb(sums: Sums, phi: Tensor, v: Tensor, mask: Tensor | None, log_gate: T
     return Sums(kv, z + phi.sum(-2), log_scale, count)
 
 
-def _key_features(k: Tensor, mask: Tensor | None, features: Features) -> Tensor:
+def key_features(k: Tensor, mask: Tensor | None, features: Features) -> Tensor:
+    """Features of one block of keys, of masked ones those that add nothing."""
     phi = features.key(k)
     if mask is None:
         return phi
     return phi.masked_fill(~mask[:, None, :, None], -torch.inf if features.log_domain else 0.0)
 
 
-def _log_gate(k: Tensor, mask: Tensor | None, features: Features) -> Tensor | None:
+def log_gate_of(k: Tensor, mask: Tensor | None, features: Features) -> Tensor | None:
+    """Gates (B, Hk, n) of one block of keys, open where masked; None without gates."""
     if features.log_gate is None:
         return None
     log_gate = features.log_gate(k)
     return log_gate if mask is None else log_gate.masked_fill(~mask[:, None], 0.0)
 
 
-def _grouped(x: Tensor, heads: int) -> Tensor:
-    """(B, Hk, ...) -> (B, H, ...): each query head gets the numbers of its key head."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
 def _total(tensors: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, tensors)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(accumulation_dtype(x.dtype))
-
-
-def _top(logs: Tensor, dim: int) -> Tensor:
-    """The largest logarithm, as a scale: it cancels in out, so no gradient passes through it."""
-    return _finite(logs.detach().amax(dim))
-
-
-def _finite(log_scale: Tensor) -> Tensor:
-    """A scale that can be subtracted: minus infinity, the scale of nothing, becomes 0."""
-    return log_scale.masked_fill(log_scale == -torch.inf, 0.0)
-
-
-def _exp_difference(a: Tensor, top: Tensor) -> Tensor:
-    return (a - _finite(top)).exp()
 
 
 def _blocks(x: Tensor, v: Tensor, features: Features) -> Sequence[tuple[int, int]]:
@@ -436,7 +273,8 @@ def _blocks(x: Tensor, v: Tensor, features: Features) -> Sequence[tuple[int, int
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 
 
-def _put(out: OutBlocks, reading: Reading, features: Features) -> None:
+def put(out: OutBlocks, reading: Reading, features: Features) -> None:
+    """Finish a reading and take it as the next block of out."""
     numerator = reading.numerator
     place = out.place(numerator.shape[-2], numerator.dtype) if features.post is None else None
     if place is not None:

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .contract import per_key_head
+from .algebra import per_key_head
 from .kernels import Kernel
 
 _PUBLISHED_MAX_DEGREE = 20

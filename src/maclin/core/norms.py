@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .contract import accumulation_dtype
+from .algebra import accumulation_dtype
 
 _EPS = 1e-6
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contract import accumulation_dtype
+from .algebra import accumulation_dtype
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..contract import Features, Sums, attend, attend_causal, empty_sums
+from ..causal import attend_causal
+from ..contract import Features, Sums, attend, empty_sums
 from ..errors import CapabilityError, InputError, OptionError
 from ..kernels import Kernel
 from ..norms import WideBuffers

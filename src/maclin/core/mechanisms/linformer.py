@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..contract import accumulation_dtype
+from ..algebra import accumulation_dtype
 from ..errors import InputError, OptionError
 from ..fused import fused_attention
 from .base import Mechanism, check_choice

@@ -1,0 +1,150 @@
+"""Causal contraction: exact within a chunk, everything before it read from the sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .algebra import finite, grouped, per_key_head, top_of, wide
+from .blocks import OutBlocks
+from .contract import (
+    Features,
+    Reading,
+    Sums,
+    absorb,
+    accumulate,
+    combine,
+    empty_sums,
+    key_features,
+    linear_reading,
+    log_gate_of,
+    put,
+)
+
+_CHUNK = 128  # tokens of a chunk: within it the similarities are exact and C x C
+
+
+def attend_causal(
+    q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor | None, sums: Sums | None = None
+) -> tuple[Tensor, Sums]:
+    """Causal attention, chunk by chunk, continuing from what is known already.
+
+    Within a chunk of C tokens the similarities phi(q_i)^T phi(k_j), j <= i, are made exactly; everything
+    before it is read from the sums. The last query is aligned with the last key, so the first S - N keys
+    are seen by every query. One new token is decoding, many are prefill, the result is the same.
+
+    Shape: as ``attend`` with N <= S; returns out (B, H, N, Dv) and the sums of all keys.
+    Cost: N x (C + M) x (M + Dv) multiply-adds per head, plus the features.
+    """
+    total = empty_sums(k, v, features) if sums is None else sums
+    offset = k.shape[-2] - q.shape[-2]
+    if offset:
+        prefix_mask = None if key_mask is None else key_mask[:, :offset]
+        total = accumulate(k[:, :, :offset], v[:, :, :offset], features, prefix_mask, total)
+    out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
+    for start in range(0, q.shape[-2], _CHUNK):
+        stop = min(start + _CHUNK, q.shape[-2])
+        keys = slice(offset + start, offset + stop)
+        mask = None if key_mask is None else key_mask[:, keys]
+        k_chunk, v_chunk = wide(k[:, :, keys]), wide(v[:, :, keys])
+        phi_k = key_features(k_chunk, mask, features)
+        log_gate = log_gate_of(k_chunk, mask, features)
+        phi_q = features.query(wide(q[:, :, start:stop]))
+        if features.log_domain:
+            reading = _log_chunk(phi_q, phi_k, v_chunk, total, features)
+        else:
+            reading = _linear_chunk(phi_q, phi_k, v_chunk, total, mask, log_gate, features)
+        put(out, reading, features)
+        total = absorb(total, phi_k, v_chunk, mask, log_gate)
+    return out.whole(), total
+
+
+def _linear_chunk(
+    phi_q: Tensor,  # (B, H, C, M)
+    phi_k: Tensor,  # (B, Hk, C, M)
+    v: Tensor,  # (B, Hk, C, Dv)
+    sums: Sums,
+    mask: Tensor | None,  # (B, C)
+    log_gate: Tensor | None,  # (B, Hk, C)
+    features: Features,
+) -> Reading:
+    later = torch.ones(phi_q.shape[-2], phi_q.shape[-2], dtype=torch.bool, device=phi_q.device).triu_(1)
+    similarity = per_key_head(phi_q, phi_k.mT).masked_fill(later, 0.0)
+    keys = torch.ones_like(v[:, 0, :, 0]) if mask is None else mask.to(v.dtype)
+    count = (sums.count[:, None] + keys.cumsum(-1))[:, None].expand(phi_q.shape[:-1])
+    kv, z = sums.kv, sums.z
+    if log_gate is not None:
+        passed = log_gate.cumsum(-1)  # log of the product of gates up to and including each position
+        decay = (passed[..., :, None] - passed[..., None, :]).masked_fill(later, -torch.inf).exp()
+        weight = decay * -torch.expm1(log_gate)[..., None, :]
+        similarity = similarity * grouped(weight, phi_q.shape[1])
+        phi_q = phi_q * grouped(passed, phi_q.shape[1])[..., None].exp()
+    before = linear_reading(phi_q, kv, z, count, features)
+    within = per_key_head(similarity, v)
+    if features.normaliser == "count":
+        return Reading(before.numerator + within, before.denominator, before.magnitude)
+    return combine(before, Reading(within, similarity.sum(-1), similarity.abs().sum(-1)))
+
+
+def _log_chunk(
+    log_q: Tensor,  # (B, H, C, M)
+    log_k: Tensor,  # (B, Hk, C, M)
+    v: Tensor,  # (B, Hk, C, Dv)
+    sums: Sums,
+    features: Features,
+) -> Reading:
+    heads = log_q.shape[1]
+    if features.normaliser == "channel":
+        # per channel, the logarithm of the sum over the keys up to each position, the sums included
+        nothing = sums.z == 0
+        known = (sums.z.masked_fill(nothing, 1.0).log() + finite(sums.log_scale)).masked_fill(nothing, -torch.inf)
+        log_z = torch.cat([known[..., None, :], log_k], dim=-2).logcumsumexp(-2)[..., 1:, :]
+        log_q = log_q - finite(grouped(log_z, heads))
+    scaled = log_q + grouped(sums.log_scale, heads)[..., None, :]
+    top = top_of(scaled, -1)
+    weights = (scaled - top[..., None]).exp()
+    denominator = per_key_head(weights, sums.z[..., None])[..., 0]
+    parts = [Reading(per_key_head(weights, sums.kv), denominator, denominator, top)]
+    # Every query reads its own key, then, in blocks of 1, 2, 4 ... keys, every second block the one before it. So each
+    # block of keys has a scale per feature, as sums have, and a later key can never push an earlier row to zero.
+    own = log_q + grouped(log_k, heads)
+    top = top_of(own, -1)
+    weight = (own - top[..., None]).exp().sum(-1)
+    parts.append(Reading(weight[..., None] * grouped(v, heads), weight, weight, top))
+    length, size = log_q.shape[-2], 1
+    pad = (1 << (length - 1).bit_length()) - length  # to a power of 2
+    if pad:
+        log_q, v = F.pad(log_q, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
+        log_k = F.pad(log_k, (0, 0, 0, pad), value=-torch.inf)
+    while size < length:
+        parts.append(_block_before(log_q, log_k, v, size, length))
+        size *= 2
+    return combine(*parts)
+
+
+def _block_before(
+    log_q: Tensor,  # (B, H, C, M), C a power of 2
+    log_k: Tensor,  # (B, Hk, C, M)
+    v: Tensor,  # (B, Hk, C, Dv)
+    size: int,
+    length: int,
+) -> Reading:
+    """What queries of every second block of ``size`` tokens read from the block before theirs; the others nothing.
+
+    Returns the readings of the first ``length`` queries.
+    """
+
+    def blocks(x: Tensor, which: int) -> Tensor:  # (B, Hk, heads of a group, C / (2 size), size, R)
+        return x.unflatten(1, (v.shape[1], -1)).unflatten(3, (-1, 2, size))[..., which, :, :]
+
+    def rows(x: Tensor) -> Tensor:  # what blocks returned -> (B, H, length, R)
+        return F.pad(x, (0, 0, size, 0)).flatten(3, 4).flatten(1, 2)[:, :, :length]
+
+    query, key = blocks(log_q, 1), blocks(log_k, 0)
+    log_scale = finite(key.detach().amax(-2, keepdim=True))
+    scaled = query + log_scale
+    top = finite(scaled.detach().amax(-1, keepdim=True))
+    similarity = (scaled - top).exp() @ (key - log_scale).exp().mT
+    denominator = rows(similarity.sum(-1, keepdim=True))[..., 0]
+    return Reading(rows(similarity @ blocks(v, 0)), denominator, denominator, rows(top)[..., 0])
