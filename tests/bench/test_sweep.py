@@ -75,6 +75,13 @@ def test_what_would_take_too_long_is_not_started() -> None:
     assert [row.latency_ms for row in rows["flat"]] == [1000.0] * 4
 
 
+def test_one_length_says_little_so_the_caller_may_say_how_time_grows() -> None:
+    known, unknown = Work(lambda n: n / 100), Work(lambda n: n / 100)
+    rows = run({"known": known, "unknown": unknown}, [100, 2000], max_seconds_per_run=25.0, linear=["known"])
+    assert [row.latency_ms for row in rows["known"]] == [1000.0, 20_000.0]
+    assert rows["unknown"][1].reason == "predicted 400 s for a run at 2000 tokens exceeds the limit of 25 s"
+
+
 def test_what_would_not_fit_is_not_started() -> None:
     quadratic = Work(lambda n: 0.1, lambda n: n**2)
     rows = run(
@@ -102,7 +109,7 @@ def test_inputs_that_do_not_fit_are_not_made() -> None:
     )
     assert row.latency_ms is None
     assert row.reason is not None
-    assert row.reason.startswith("would need about 1.02e+03 GiB at 5 tokens, more than the ")
+    assert row.reason.startswith("inputs and output alone are 1.02e+03 GiB at 5 tokens; allowed are ")
     assert not made
 
 

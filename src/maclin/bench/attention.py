@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ def sweep_attention(
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    linear: Collection[str] = (),
     seconds_per_point: float = 2.0,
     max_seconds_per_run: float | None = None,
     memory_limit_bytes: int | None = None,
@@ -51,6 +52,7 @@ def sweep_attention(
         batch: B.
         dtype: of q, k and v.
         device: where to measure; the mechanisms must be there.
+        linear: mechanisms whose cost is known to grow with the length, not its square.
         seconds_per_point: wall time for the runs of one mechanism at one length.
         max_seconds_per_run: longest single run that is still started; 10 times ``seconds_per_point`` by default.
         memory_limit_bytes: for q, k, v and the computation; 80 % of what is free by default.
@@ -82,6 +84,7 @@ def sweep_attention(
         make_inputs,
         scope="attention",
         device=device,
+        linear=linear,
         input_bytes=input_bytes,
         seconds_per_point=seconds_per_point,
         max_seconds_per_run=max_seconds_per_run,

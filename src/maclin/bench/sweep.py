@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,7 @@ def sweep(
     make_inputs: Callable[[int], Sequence[object]],
     *,
     scope: str,
+    linear: Collection[str] = (),
     before: Mapping[str, Callable[[], object]] | None = None,
     device: torch.device | str = "cpu",
     input_bytes: Callable[[int], int] | None = None,
@@ -47,14 +48,15 @@ def sweep(
 
     The first run at a length is watched for memory. Subjects that took no more than ``seconds_per_point``
     are then timed in turns, the others once. What would not fit into memory, or take too long, going by the
-    growth at the lengths before (quadratic where only one is known), is not run; its record has no figure and
-    a reason. So has a subject whose check fails: there is no speed for a wrong result.
+    growth at the lengths before, is not run; its record has no figure and a reason. So has a subject whose check
+    fails: there is no speed for a wrong result.
 
     Args:
         subjects: what to measure, by name; each is called with the inputs.
         lengths: tokens; measured in ascending order.
         make_inputs: length -> the arguments of a subject.
         scope: of the records, "attention" or "model".
+        linear: subjects known to take time with the length, not its square, where only one length is measured yet.
         before: what to call before each run of a subject, neither timed nor counted as memory.
         device: where the subjects compute.
         input_bytes: length -> bytes of the inputs, asked before they are made.
@@ -94,7 +96,8 @@ def sweep(
         given = input_bytes(length) if input_bytes is not None else 0
         reasons = dict(refused)
         for name in subjects:
-            reason = _too_much(history[name], length, given, limit, max_seconds_per_run)
+            growth = 1.0 if name in linear else 2.0
+            reason = _too_much(history[name], growth, length, given, limit, max_seconds_per_run)
             if reason is not None:
                 reasons.setdefault(name, reason)
         rows = {name: Timing(name, scope, length, None, reason=reason) for name, reason in reasons.items()}
@@ -206,26 +209,29 @@ def _bind(subject: Callable[..., object], inputs: Sequence[object]) -> Callable[
 
 
 def _too_much(
-    history: _History, length: int, input_bytes: int, limit_bytes: int | None, max_seconds: float
+    history: _History, growth: float, length: int, input_bytes: int, limit_bytes: int | None, max_seconds: float
 ) -> str | None:
     """Why a run at this length is not started, or None."""
-    needed = input_bytes + predicted(history.bytes, length)
+    if limit_bytes is not None and input_bytes > limit_bytes:
+        return f"inputs and output alone are {_gib(input_bytes)} at {length} tokens; allowed are {_gib(limit_bytes)}"
+    needed = input_bytes + predicted(history.bytes, length, unknown=1.0)
     if limit_bytes is not None and needed > limit_bytes:
         return f"would need about {_gib(needed)} at {length} tokens, more than the {_gib(limit_bytes)} allowed"
-    seconds = predicted(history.seconds, length)
+    seconds = predicted(history.seconds, length, unknown=growth)
     if seconds > max_seconds:
         return f"predicted {seconds:.3g} s for a run at {length} tokens exceeds the limit of {max_seconds:.3g} s"
     return None
 
 
-def predicted(values: Mapping[int, float], length: int) -> float:
+def predicted(values: Mapping[int, float], length: int, unknown: float = 2.0) -> float:
     """What a cost will be at a length beyond those measured, going by the last two of them.
 
-    The exponent of growth is kept between 1 and 2; it is 2 where only one length is known.
+    The exponent of growth is kept between 1 and 2; where only one length is known it is ``unknown``.
 
     Args:
         values: the cost by length, ascending.
         length: where to predict.
+        unknown: exponent to assume where nothing says more.
 
     Returns:
         The cost, in the unit of ``values``; 0 where nothing is known.
@@ -233,7 +239,7 @@ def predicted(values: Mapping[int, float], length: int) -> float:
     if not values:
         return 0.0
     *before, (last, value) = values.items()
-    exponent = 2.0
+    exponent = unknown
     if before and before[-1][1] > 0 and value > 0:
         exponent = math.log(value / before[-1][1]) / math.log(last / before[-1][0])
     return value * (length / last) ** min(max(exponent, 1.0), 2.0)

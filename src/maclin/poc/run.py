@@ -197,6 +197,7 @@ def _attention_timings(
         num_heads=layer.num_heads,
         num_kv_heads=layer.num_kv_heads,
         head_dim=layer.head_dim,
+        linear=[name for name in built if registry.row(name).linear],
         device=device,
         seconds_per_point=seconds_per_point,
         max_seconds_per_run=240 * seconds_per_point,
