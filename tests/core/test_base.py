@@ -128,6 +128,21 @@ def test_costs_are_linear_where_the_registry_says_so(name):
         assert (two, four) == (4 * one, 16 * one)
 
 
+@pytest.mark.parametrize(
+    ("name", "per_token"),
+    [
+        ("mean", 17),
+        ("elu", 8 * 17),
+        ("efficient", 8 * 17),
+        ("taylor", 9 * 17),
+        ("favor", 128 * (8 + 17)),
+        ("rfa", 64 * 8 + 128 * 17),
+    ],
+)
+def test_costs_are_those_of_the_table_in_the_docs(name, per_token):
+    assert maclin.mechanism(name, head_dim=8, num_heads=2).cost(100, 300, 16) == 400 * per_token
+
+
 @pytest.mark.parametrize("name", mechanisms.names())
 def test_a_configuration_builds_the_like_again(name):
     mech = build(name, **({"seq_len": 64} if name == "linformer" else {}))

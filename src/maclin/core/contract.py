@@ -48,7 +48,7 @@ class Features:
             by the number of attended keys.
         log_gate: block of k (B, Hk, n, D) -> log g <= 0 (B, Hk, n): the sums before a key are multiplied by
             its g, the key's own features by 1 - g (causal only).
-        block_width: numbers per token that making the features needs, if more than M.
+        num_projections: inner products with a vector of width D that making the features of a token takes.
         post: block of out (B, H, n, Dv) -> the same shape, applied last.
     """
 
@@ -58,7 +58,7 @@ class Features:
     log_domain: bool = False
     normaliser: str = "sum"
     log_gate: Callable[[Tensor], Tensor] | None = None
-    block_width: int = 0
+    num_projections: int = 0
     post: Callable[[Tensor], Tensor] | None = None
 
 

@@ -302,9 +302,9 @@ class FeatureMechanism(Mechanism):
         return Sums(*state)
 
     def cost(self, num_queries: int, num_keys: int, value_dim: int) -> int:
-        """(N + S) times (making M features + M x (Dv + 1))."""
+        """(N + S) x (projections x D + M x (Dv + 1))."""
         features = self.features(self._scale(None))
-        making = max(features.block_width, features.num_features) * self.head_dim
+        making = features.num_projections * self.head_dim
         return (num_queries + num_keys) * (making + features.num_features * (value_dim + 1))
 
 

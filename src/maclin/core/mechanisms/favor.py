@@ -59,7 +59,8 @@ class Favor(FeatureMechanism):
         def log_phi(x: Tensor) -> Tensor:
             return log_positive_features(x * half, self.directions.to(x.dtype))
 
-        return Features(log_phi, log_phi, self.num_features, log_domain=True)
+        m = self.num_features
+        return Features(log_phi, log_phi, m, log_domain=True, num_projections=m)
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
         return orthogonal_directions(self.num_kv_heads, self.head_dim, self.num_features, generator)

@@ -131,7 +131,7 @@ class Macformer(FeatureMechanism):
                 f"macformer: scale {scale:g} lets t leave the domain |t| < {margin * self.kernel.radius:g} of kernel "
                 f"{self.kernel.name!r}; pass a smaller scale or kernel='exp'"
             )
-        phi, width = self._phi(scale)
+        phi, projections = self._phi(scale)
         temperature = self.temperature(scale)
         norm_q, norm_k = self._norms(moments)
 
@@ -144,7 +144,7 @@ class Macformer(FeatureMechanism):
 
         m = self.head_dim + 1 if self.estimator == "taylor" else self.num_features
         post = None if self.post is None or self.post.is_identity() else self.post
-        return Features(query, key, m, block_width=width, post=post)
+        return Features(query, key, m, num_projections=projections, post=post)
 
     def calibrated(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Mechanism:
         """A copy whose running statistics (ppsbn="batch") are those of q and k."""
@@ -157,10 +157,10 @@ class Macformer(FeatureMechanism):
     def _phi(self, scale: float) -> tuple[Callable[[Tensor], Tensor], int]:
         if self._map is None:
             half = math.sqrt(scale)
-            return (lambda x: taylor_features(x * half, self.kernel)), self.head_dim + 1
+            return (lambda x: taylor_features(x * half, self.kernel)), 0
         maclaurin = self._map
         columns = maclaurin.columns(self.directions, scale)
-        return (lambda x: maclaurin(x, columns.to(x.dtype))), columns.shape[-1]
+        return (lambda x: maclaurin(x, columns.to(x.dtype))), maclaurin.num_directions
 
     def _norms(
         self, moments: tuple[_Moments, _Moments] | None

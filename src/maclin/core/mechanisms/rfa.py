@@ -76,13 +76,13 @@ class Rfa(FeatureMechanism):
 
         weight, bias = self.gate_weight, self.gate_bias
         if weight is None or bias is None:
-            return Features(phi, phi, self.num_features)
+            return Features(phi, phi, self.num_features, num_projections=self.num_features // 2)
 
         def log_gate(k: Tensor) -> Tensor:
             logits = torch.einsum("bhnd,hd->bhn", k, weight.to(k.dtype)) + bias.to(k.dtype)[:, None]
             return nn.functional.logsigmoid(logits)
 
-        return Features(phi, phi, self.num_features, log_gate=log_gate)
+        return Features(phi, phi, self.num_features, log_gate=log_gate, num_projections=self.num_features // 2)
 
     def _scale(self, scale: float | None) -> float:
         return 1.0 / self.temperature if scale is None else float(scale)
