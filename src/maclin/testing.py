@@ -15,12 +15,13 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .bench import largest_intermediate
 from .core import mechanisms
 from .core.errors import CapabilityError, InputError, MaclinError
 
@@ -44,25 +45,6 @@ class CheckResult:
     measured: float | None = None
     allowed: float | None = None
     reason: str = ""
-
-
-class LargestTensor(TorchDispatchMode):
-    """Within the block, the number of elements of the largest tensor that any operation returned.
-
-    Views of existing memory count by their storage, so that a broadcast is not mistaken for an allocation.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for item in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(item, Tensor):
-                held = item.untyped_storage().nbytes() // item.element_size()
-                self.elements = max(self.elements, min(held, item.numel()))
-        return out
 
 
 @dataclass
@@ -357,10 +339,10 @@ def _linear_memory(subject: _Subject) -> tuple[float, float]:
     for n in (1024, 4096):
         # values as wide as keys: fused kernels want that, and fall back to all weights otherwise
         q, k, v = (x.float() for x in subject.inputs(n, n, batch=1, dv=_size(mech, "head_dim")))
-        with torch.no_grad(), LargestTensor() as watch:
-            for causal in subject.modes:
-                mech(q, k, v, is_causal=causal)
-        largest.append(watch.elements)
+        for causal in subject.modes:  # once before: what is made once and kept does not count
+            mech(q, k, v, is_causal=causal)
+        calls = (partial(mech, q, k, v, is_causal=causal) for causal in subject.modes)
+        largest.append(max(largest_intermediate(call) for call in calls))
     return largest[1] / largest[0], 4.0
 
 
