@@ -28,7 +28,7 @@ def host(model: nn.Module) -> Host:
     if not roots:
         raise CapabilityError(
             f"wanted a model of a known host, {' or '.join(KNOWN)}, got {type(model).__name__}, which contains none; "
-            "build such a layer from maclin.nn instead"
+            "build such a layer with maclin.mechanism instead"
         )
     if len(roots) > 1:
         names = [type(root).__name__ for root in roots]
