@@ -11,7 +11,7 @@ from torch import Tensor
 
 import maclin
 from maclin.bench import largest_intermediate
-from maclin.core import algebra, contract, statistics
+from maclin.core import algebra, blocks, contract, statistics
 from maclin.core import causal as causal_contract
 from maclin.core.causal import attend_causal
 from maclin.core.contract import (
@@ -44,8 +44,8 @@ def maps(request) -> Features:
 
 
 def small_blocks(monkeypatch, block: int = 7, chunk: int = 5) -> None:
-    monkeypatch.setattr(contract, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(contract, "_MIN_BLOCK", block)
+    monkeypatch.setattr(contract, "_MOST_BYTES", 1)
+    monkeypatch.setattr(blocks, "_MIN_BLOCK", block)
     monkeypatch.setattr(causal_contract, "_CHUNK", chunk)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import maclin
+from maclin.core import blocks as out_blocks
 from maclin.core import causal as causal_contract
 from maclin.core import contract, reference
 from maclin.core.kernels import Kernel
@@ -105,8 +106,8 @@ MAPS: dict[str, tuple[str, dict[str, object], Map, float | None]] = {
 def blocks(request, monkeypatch) -> None:
     """Once as it is, and once in blocks and chunks so small that every case crosses their boundaries."""
     if request.param == "blocks":
-        monkeypatch.setattr(contract, "_BLOCK_BYTES", 1)
-        monkeypatch.setattr(contract, "_MIN_BLOCK", 6)
+        monkeypatch.setattr(contract, "_MOST_BYTES", 1)
+        monkeypatch.setattr(out_blocks, "_MIN_BLOCK", 6)
         monkeypatch.setattr(causal_contract, "_CHUNK", 13)
 
 

@@ -1,9 +1,31 @@
-"""out, assembled block by block."""
+"""Blocks of tokens: how long they are, and how out is assembled from them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+_MIN_BLOCK = 64  # tokens; below this, and in odd lengths, matrix products lose a third of their rate
+
+
+def token_blocks(length: int, token_bytes: int, least_bytes: int, most_bytes: int) -> Iterator[slice]:
+    """Slices that cover ``length`` tokens: quarters, within bounds on what is made of a block.
+
+    Less than ``least_bytes``, and calls cost more than caches save. More than ``most_bytes``, and a block falls out of
+    the caches; more than a quarter, and the allocator fetches memory from the system, and clears it, at every call.
+
+    Args:
+        length: tokens.
+        token_bytes: of what is made of one token, all heads together.
+        least_bytes: at which a block is long enough.
+        most_bytes: at which it is too long.
+    """
+    token_bytes = max(token_bytes, 1)
+    block = min(max(length // 4, least_bytes // token_bytes), most_bytes // token_bytes)
+    block = max(block - block % _MIN_BLOCK, _MIN_BLOCK)
+    return (slice(start, min(start + block, length)) for start in range(0, length, block))
 
 
 class OutBlocks:

@@ -18,7 +18,7 @@ denominators are legitimate for unbiased random features and are kept. Both are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -28,10 +28,9 @@ from torch import Tensor
 
 from . import statistics
 from .algebra import accumulation_dtype, exp_difference, finite, grouped, per_key_head, top_of, wide
-from .blocks import OutBlocks
+from .blocks import OutBlocks, token_blocks
 
-_BLOCK_BYTES = 1 << 21  # of the features of one block; with less, calls cost more than caches save (docs/log.md)
-_MIN_BLOCK = 64  # tokens; below this the matrix products are too thin
+_LEAST_BYTES, _MOST_BYTES = 1 << 20, 1 << 21  # of the features of a block; see docs/log.md
 
 
 @dataclass(frozen=True)
@@ -127,11 +126,11 @@ def accumulate(k: Tensor, v: Tensor, features: Features, key_mask: Tensor | None
     Cost: S x M x (Dv + 1) multiply-adds per key head, plus the features.
     """
     total = empty_sums(k, v, features) if sums is None else sums
-    for start, stop in _blocks(k, v, features):
-        mask = None if key_mask is None else key_mask[:, start:stop]
-        k_block = wide(k[:, :, start:stop])
+    for tokens in _blocks(k, v, features):
+        mask = None if key_mask is None else key_mask[:, tokens]
+        k_block = wide(k[:, :, tokens])
         log_gate = log_gate_of(k_block, mask, features)
-        total = absorb(total, key_features(k_block, mask, features), wide(v[:, :, start:stop]), mask, log_gate)
+        total = absorb(total, key_features(k_block, mask, features), wide(v[:, :, tokens]), mask, log_gate)
     return total
 
 
@@ -208,8 +207,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor
 def read_all(q: Tensor, sums: Sums, features: Features, v: Tensor) -> Tensor:
     """All queries read the sums, block by block; v gives out its dtype and width."""
     out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
-    for start, stop in _blocks(q, v, features):
-        put(out, read(q[:, :, start:stop], sums, features), features)
+    for tokens in _blocks(q, v, features):
+        put(out, read(q[:, :, tokens], sums, features), features)
     return out.whole()
 
 
@@ -264,13 +263,10 @@ def _total(tensors: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, tensors)
 
 
-def _blocks(x: Tensor, v: Tensor, features: Features) -> Sequence[tuple[int, int]]:
-    """Token ranges of x (B, H, N, D) whose features, or whatever is widest, fit in the cache."""
-    length = x.shape[-2]
+def _blocks(x: Tensor, v: Tensor, features: Features) -> Iterator[slice]:
+    """Blocks of the tokens of x (B, H, N, D), of which features and values are made."""
     width = max(features.num_features, v.shape[-1])
-    block = _BLOCK_BYTES // max(4 * width * x.shape[0] * x.shape[1], 1)
-    block = max(block - block % _MIN_BLOCK, _MIN_BLOCK)  # odd lengths cost matrix products a third of their rate
-    return [(start, min(start + block, length)) for start in range(0, length, block)]
+    return token_blocks(x.shape[2], 4 * width * x.shape[0] * x.shape[1], _LEAST_BYTES, _MOST_BYTES)
 
 
 def put(out: OutBlocks, reading: Reading, features: Features) -> None:

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from .algebra import accumulation_dtype
+from .blocks import token_blocks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# A block of keys or queries fits in the caches of a CPU; and what is made of it is small beside q, k and v, so that the
-# allocator need not fetch memory from the system, and clear it, for every block.
-_LEAST_BYTES, _MOST_BYTES = 1 << 19, 1 << 20
-_MIN_BLOCK = 64  # tokens; below this the matrix products are too thin
+_LEAST_BYTES, _MOST_BYTES = 1 << 19, 1 << 20  # of a block of keys or queries
 # The next three may be halved or doubled: the error on real keys moves by less than a fiftieth.
 _ROUNDS = 1  # of Lloyd's algorithm
 _SAMPLE = 8  # times D keys that it runs on
@@ -28,12 +26,10 @@ _EVEN = 4  # times D seed candidates spread evenly through all keys, beside the 
 _TABLE_BYTES = 1 << 26  # of distances between seed candidates: rows are taken a few at a time beyond it
 
 
-def token_blocks(length: int, rows: int, width: int) -> Iterator[slice]:
-    """Slices that cover ``length`` tokens of ``rows`` heads of ``width`` numbers: eighths within the bounds above."""
-    token = 4 * max(rows * width, 1)  # bytes
-    block = min(max(length // 8, _LEAST_BYTES // token), _MOST_BYTES // token)
-    block = max(block - block % _MIN_BLOCK, _MIN_BLOCK)
-    return (slice(start, min(start + block, length)) for start in range(0, length, block))
+def blocks_of(x: Tensor, width: int = 0) -> Iterator[slice]:
+    """Blocks of the tokens of x (B, H, N, D), of which as many numbers are made as it is wide, or ``width``."""
+    token_bytes = 4 * x.shape[0] * x.shape[1] * max(x.shape[3], width)
+    return token_blocks(x.shape[2], token_bytes, _LEAST_BYTES, _MOST_BYTES)
 
 
 def wide_block(
@@ -76,7 +72,7 @@ def mean_key(k: Tensor, key_mask: Tensor | None) -> Tensor:
     """
     batch, heads, length, width = k.shape
     total = k.new_zeros(batch * heads, width, dtype=accumulation_dtype(k.dtype))
-    for tokens in token_blocks(length, batch * heads, width):
+    for tokens in blocks_of(k):
         total += wide_block(k, tokens, key_mask).sum(1)
     count = total.new_full((batch, 1, 1), length) if key_mask is None else key_mask.sum(-1)[:, None, None]
     return (total.view(batch, heads, width) / count.clamp(min=1))[:, :, None]
@@ -145,7 +141,7 @@ def _survey(k: Tensor, key_mask: Tensor | None, centre: Tensor, masked: Tensor |
     # no small integer combination of its entries is 0
     direction = torch.cos(torch.arange(width, device=k.device, dtype=centre.dtype) * 2.4 + 0.5)
     projection, norm = centre.new_empty(rows, length), centre.new_empty(rows, length)
-    for tokens in token_blocks(length, rows, width):
+    for tokens in blocks_of(k):
         x = wide_block(k, tokens, key_mask, centre)
         # not a matrix product, which may round equal keys differently
         projection[:, tokens] = (x * direction).sum(-1)

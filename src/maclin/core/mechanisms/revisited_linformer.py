@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..blocks import OutBlocks
-from ..slots import mean_key, slot_centres, slot_shares, token_blocks, wide_block
+from ..slots import blocks_of, mean_key, slot_centres, slot_shares, wide_block
 from .base import Mechanism
 
 
@@ -76,14 +76,12 @@ def slot_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sca
 
     Shape: q (B, H, N, D), k (B, Hk, S, D), v (B, Hk, S, Dv), key_mask (B, S); returns (B, H, N, Dv) in v's dtype.
     """
-    batch, heads, length, width = q.shape
-    shape = (batch, heads, length, v.shape[3])
+    shape = (*q.shape[:3], v.shape[3])
     if k.shape[2] == 0:
         return v.new_zeros(shape)
-    blocks = list(token_blocks(length, batch * heads, width))
     slots = summarise(k, v, key_mask, scale)
     out = OutBlocks(v, shape)
-    for tokens in blocks:
+    for tokens in blocks_of(q):
         arguments = (q[:, :, tokens], slots, v.dtype)
         if _recomputes(q, *slots):
             out.add(checkpoint(_read, *arguments, use_reentrant=False, preserve_rng_state=False))
@@ -98,11 +96,11 @@ def summarise(k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Sl
     Shape: k (B, Hk, S, D), v (B, Hk, S, Dv), key_mask (B, S).
     Cost: 2 S x (D² + D Dv) multiply-adds per key head beside the centres of the slots.
     """
-    length, width = k.shape[2:]
+    width = k.shape[3]
     centre = mean_key(k, key_mask)
     centres = slot_centres(k, key_mask, centre)
     sums: _Sums | None = None
-    for tokens in token_blocks(length, centres.shape[0], max(width, v.shape[3])):
+    for tokens in blocks_of(k, v.shape[3]):
         arguments = (k, v, key_mask, centre, centres, tokens)
         if _recomputes(k, v):
             block = checkpoint(_block_sums, *arguments, use_reentrant=False, preserve_rng_state=False)
