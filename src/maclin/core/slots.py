@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _LEAST_BYTES, _MOST_BYTES = 1 << 19, 1 << 20  # of a block of keys or queries
 # The next three may be halved or doubled: the error on real keys moves by less than a fiftieth.
 _ROUNDS = 1  # of Lloyd's algorithm
-_SAMPLE = 8  # times D keys that it runs on
+_SAMPLE = 4  # times D keys that it runs on
 _EVEN = 4  # times D seed candidates spread evenly through all keys, beside the D farthest from the mean
 _TABLE_BYTES = 1 << 26  # of distances between seed candidates: rows are taken a few at a time beyond it
 
@@ -82,7 +82,7 @@ def mean_key(k: Tensor, key_mask: Tensor | None) -> Tensor:
 def slot_centres(k: Tensor, key_mask: Tensor | None, centre: Tensor) -> Tensor:
     """Centres of D slots, from the keys alone, relative to their mean.
 
-    c <- D keys far apart; over 8 D keys: slot(j) = argmin_c |k_j - c|, c <- mean of the keys of the slot.
+    c <- D keys far apart; over 4 D keys: slot(j) = argmin_c |k_j - c|, c <- mean of the keys of the slot.
 
     At most D different keys have a centre each, however often each occurs; the order of the keys plays no part.
 
@@ -92,7 +92,7 @@ def slot_centres(k: Tensor, key_mask: Tensor | None, centre: Tensor) -> Tensor:
         centre: ``mean_key(k, key_mask)``.
 
     Shape: k (B, Hk, S, D), key_mask (B, S), centre (B, Hk, 1, D); returns (B Hk, D, D).
-    Cost: one sort of S numbers, S x 2 D and 41 D³ multiply-adds per key head.
+    Cost: one sort of S numbers, S x 2 D and 33 D³ multiply-adds per key head.
     Source: farthest-first traversal (Gonzalez 1985) and Lloyd's algorithm (Lloyd 1982); deviations: the traversal
         sees 5 D candidates, the D keys farthest from the mean and 4 D spread evenly, and the algorithm a sample.
     """

@@ -34,7 +34,7 @@ class RevisitedLinformer(Mechanism):
         num_heads: H.
         num_kv_heads: Hk (default H).
 
-    Cost: 2 S x (D² + D Dv) + N x (D² + 2 D Dv) + 41 D³ multiply-adds per head, and one sort of S numbers; memory
+    Cost: 2 S x (D² + D Dv) + N x (D² + 2 D Dv) + 33 D³ multiply-adds per head, and one sort of S numbers; memory
         beyond the tensors one block of tokens and a few numbers per key. The gradient recomputes the blocks.
     Source: the aim of Verma 2020, arXiv 2101.10277 (linear time and space, independent of the projection
         dimension), of which only the abstract was available; the formula is our own, so no deviation can be named.
@@ -49,9 +49,9 @@ class RevisitedLinformer(Mechanism):
         return slot_attention(q, k, v, key_mask, scale)
 
     def cost(self, num_queries: int, num_keys: int, value_dim: int) -> int:
-        """2 S x (D² + D Dv) + N x (D² + 2 D Dv) + 41 D³."""
+        """2 S x (D² + D Dv) + N x (D² + 2 D Dv) + 33 D³."""
         d = self.head_dim
-        return 2 * num_keys * d * (d + value_dim) + num_queries * d * (d + 2 * value_dim) + 41 * d**3
+        return 2 * num_keys * d * (d + value_dim) + num_queries * d * (d + 2 * value_dim) + 33 * d**3
 
 
 class Slots(NamedTuple):
