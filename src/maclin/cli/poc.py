@@ -14,8 +14,6 @@ from . import console
 if TYPE_CHECKING:
     from ..records import Report
 
-DEFAULT_LENGTHS = "128,256,512,1024,2048,4096,8192,16384"
-
 
 def poc(
     model: Annotated[
@@ -35,8 +33,12 @@ def poc(
         ),
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help="Tokens at which attention is measured, by commas; the model up to its own limit.")
-    ] = DEFAULT_LENGTHS,
+        str | None,
+        typer.Option(
+            help="Tokens at which attention is measured, by commas; the model up to its own limit. Default: "
+            "doubled from 128 to 16384."
+        ),
+    ] = None,
     tolerance: Annotated[
         float, typer.Option(help="Largest relative error of a layer's attention output that the plan accepts.")
     ] = 0.1,
@@ -52,14 +54,14 @@ def poc(
 
     Writes report.html, report.md and report.json into the directory of --out.
     """
-    from ..poc import ProofOfConcept, run
+    from ..poc import DEFAULT_LENGTHS, ProofOfConcept, run
     from ..report import check_out_dir, write_report
 
     check_out_dir(out, force)
     job = ProofOfConcept(
         model=model,
         data=data,
-        lengths=_lengths(lengths),
+        lengths=DEFAULT_LENGTHS if lengths is None else _lengths(lengths),
         tolerance=tolerance,
         device=device,
         max_documents=max_documents,

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .algebra import accumulation_dtype
+from .algebra import wide
 
 _EPS = 1e-6
 
@@ -85,13 +85,13 @@ def batch_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
     Over several ranks the counts and sums of all of them enter, and gradients flow back to each.
     """
-    wide = x.to(accumulation_dtype(x.dtype))
-    weight = wide.new_ones(wide.shape[0], wide.shape[2]) if mask is None else mask.to(wide.dtype)
+    x = wide(x)
+    weight = x.new_ones(x.shape[0], x.shape[2]) if mask is None else mask.to(x.dtype)
     count = weight.sum()
-    total = torch.einsum("bhnd,bn->hd", wide, weight)
+    total = torch.einsum("bhnd,bn->hd", x, weight)
     count, total = _sum_over_ranks(count), _sum_over_ranks(total)
     mean = total / count.clamp_min(1)
-    centred = wide - mean[:, None]
+    centred = x - mean[:, None]
     square = _sum_over_ranks(torch.einsum("bhnd,bn->hd", centred * centred, weight))
     return mean, square / count.clamp_min(1)
 
@@ -127,11 +127,11 @@ class PostScale(nn.Module):
 
     def forward(self, out: Tensor) -> Tensor:
         """Out (B, H, N, Dv) -> same shape and dtype."""
-        wide = out.to(accumulation_dtype(out.dtype))
-        gamma, beta = (p.to(wide.dtype)[:, None, None] for p in (self.gamma, self.beta))
+        x = wide(out)
+        gamma, beta = (p.to(x.dtype)[:, None, None] for p in (self.gamma, self.beta))
         # exp(log) instead of pow, whose broadcast form torch does not vectorise: 100 times the time
-        root = torch.exp(torch.log(wide * wide + _EPS) * ((beta - 1.0) / 2.0))
-        return (gamma * wide * root).to(out.dtype)
+        root = torch.exp(torch.log(x * x + _EPS) * ((beta - 1.0) / 2.0))
+        return (gamma * x * root).to(out.dtype)
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:

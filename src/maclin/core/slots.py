@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .algebra import accumulation_dtype
+from .algebra import accumulation_dtype, wide
 from .blocks import token_blocks
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -39,7 +39,7 @@ def wide_block(
     centre: Tensor | None = None,  # (B, Hk, 1, W)
 ) -> Tensor:  # (B Hk, n, W)
     """One block of keys or values in the dtype of sums, relative to the centre, 0 where masked."""
-    block = x[:, :, tokens].to(accumulation_dtype(x.dtype))
+    block = wide(x[:, :, tokens])
     if centre is not None:
         block = block - centre
     if key_mask is not None:

@@ -1,5 +1,5 @@
 """The main job: a real model, real documents, every mechanism, one verdict."""
 
-from .run import ProofOfConcept, run
+from .run import DEFAULT_LENGTHS, ProofOfConcept, run
 
-__all__ = ["ProofOfConcept", "run"]
+__all__ = ["DEFAULT_LENGTHS", "ProofOfConcept", "run"]
