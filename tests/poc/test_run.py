@@ -8,7 +8,7 @@ from maclin.adopt import Step, load
 from maclin.core.errors import CapabilityError, InputError, OptionError
 from maclin.poc import ProofOfConcept, run
 from maclin.poc import frontier as frontier_of
-from maclin.poc.progress import Silent
+from maclin.progress import Silent
 from maclin.records import Report, from_json, to_json
 from maclin.report import decide, render_html, render_markdown
 

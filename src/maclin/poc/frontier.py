@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adopt import Loaded, Step, convert_, restore_
 from ..bench import embedding_fidelity, interleaved, peak_bytes
 from ..records import FrontierPoint
-from .progress import Progress
+from maclin.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the main job tells whoever waits for it."""
+"""What a long job tells whoever waits for it."""
 
 from __future__ import annotations
 
