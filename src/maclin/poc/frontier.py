@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maclin.progress import Progress
+
 from ..adopt import Loaded, Step, convert_, restore_
 from ..bench import embedding_fidelity, interleaved, peak_bytes
 from ..records import FrontierPoint
-from maclin.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from maclin.progress import Progress, Silent, Steps
+
 from ..adopt import (
     Documents,
     Loaded,
@@ -28,7 +30,6 @@ from ..core.errors import CapabilityError, OptionError
 from ..records import SCHEMA_VERSION, Audit, DataInfo, FrontierPoint, Report, Timing
 from ..report import decide, point_to_time, rollout_stages
 from .frontier import check_host, document_of, measure_frontier, switch_
-from maclin.progress import Progress, Silent, Steps
 
 DEFAULT_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Tokens at which the attention alone is measured unless told otherwise."""
