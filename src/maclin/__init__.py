@@ -23,13 +23,15 @@ from .core.statistics import guarded
 
 if TYPE_CHECKING:
     from . import records, testing
-    from .adopt import audit, convert_, plan, restore_
-    from .records import Audit, Plan, Report
+    from .adopt import audit, choose, convert_, diagnose, plan, restore_
+    from .records import Audit, Choice, Diagnosis, Plan, Report
 
 __all__ = [
     "KERNELS",
     "Audit",
     "CapabilityError",
+    "Choice",
+    "Diagnosis",
     "InputError",
     "Kernel",
     "MaclinError",
@@ -41,7 +43,9 @@ __all__ = [
     "attention",
     "audit",
     "calibrate",
+    "choose",
     "convert_",
+    "diagnose",
     "guarded",
     "mechanism",
     "mechanisms",
@@ -54,10 +58,14 @@ __all__ = [
 # Loaded at first use, so that ``import maclin`` costs little more than ``import torch``.
 _LAZY = {
     "audit": "maclin.adopt",
+    "choose": "maclin.adopt",
+    "diagnose": "maclin.adopt",
     "plan": "maclin.adopt",
     "convert_": "maclin.adopt",
     "restore_": "maclin.adopt",
     "Audit": "maclin.records",
+    "Choice": "maclin.records",
+    "Diagnosis": "maclin.records",
     "Plan": "maclin.records",
     "Report": "maclin.records",
     "records": None,

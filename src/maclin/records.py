@@ -88,7 +88,8 @@ class HeadStatistics:
 class MechanismError:
     """Relative error of one mechanism on one layer: ||out - exact||_F / ||exact||_F over all tokens.
 
-    ``rel_error`` is None where the mechanism could not be applied; ``reason`` then says why.
+    A mechanism that learns from data was calibrated on other documents of the same layer. ``rel_error`` is None
+    where the mechanism could not be applied; ``reason`` then says why.
     """
 
     mechanism: str
@@ -98,6 +99,9 @@ class MechanismError:
     guarded_share: float | None = None  # share of output rows whose denominator was guarded
     negative_share: float | None = None  # share of output rows whose denominator was negative
     reason: str | None = None
+    asked: Config | None = None  # where calibration made ``config`` of it: the configuration that was asked for
+    reached: bool | None = None  # whether calibration came within the tolerance that the configuration asks for
+    note: str = ""  # what calibration has to say
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ class Audit:
     num_documents: int
     warnings: tuple[str, ...] = ()
     architecture: str = ""  # class name of the audited model
+    num_calibration_documents: int = 0  # kept apart for mechanisms that learn from data, not among num_documents
 
     def layer(self, name: str) -> LayerAudit:
         """The audit of the layer of that name; KeyError lists the known names."""
@@ -191,6 +196,7 @@ class FrontierPoint:
     latency_ms: float | None  # one document at ``length`` tokens
     peak_bytes: int | None
     length: int
+    configs: tuple[Config, ...] = ()  # of mechanisms, in the same order
 
 
 @dataclass(frozen=True)
@@ -314,8 +320,143 @@ class Report:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ChoiceRow:
+    """One mechanism that was tried on given q, k and v; measured on sequences that it has not learned from."""
+
+    mechanism: str
+    config: Config  # what calibration made of ``asked``, where it learns from data
+    asked: Config
+    rel_error: float | None  # against softmax attention; None where it could not be applied
+    relative_cost: float | None  # multiply-adds over those of exact attention at the choice's length
+    within_tolerance: bool | None  # None where none was asked for
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which mechanism suits given q, k and v, and by how much; ``print`` shows it as a table.
+
+    ``margin`` is the relative error of the runner-up minus that of the winner, ``better_share`` the share of the
+    measured sequences on which the winner's is the smaller one.
+    """
+
+    mechanism: str  # the winner; "softmax" where nothing cheaper is within the tolerance
+    config: Config
+    rel_error: float
+    reason: str
+    runner_up: str | None
+    runner_up_config: Config
+    margin: float | None
+    better_share: float | None
+    uniform_rel_error: float
+    tolerance: float | None
+    length: int  # tokens the relative cost refers to
+    num_learning: int  # sequences
+    num_measured: int
+    rows: tuple[ChoiceRow, ...]  # the best first
+
+    def __str__(self) -> str:
+        """What was chosen, then every row."""
+        rows = [
+            (row.mechanism, _options(row.asked), row.rel_error, row.relative_cost, row.note or None)
+            for row in self.rows
+        ]
+        rows.append(("uniform", "baseline", self.uniform_rel_error, None, None))
+        head = f"{self.mechanism}{_options(self.config, brackets=True)}: {self.reason}"
+        return f"{head}\n{text_table(('mechanism', 'options', 'error', 'cost', 'note'), rows)}"
+
+
+@dataclass(frozen=True)
+class HeadDiagnosis:
+    """What one query head does under a mechanism; None where a notion does not exist, see ``Diagnosis.reasons``.
+
+    ``radius`` is |x||y| over pairs of a query and a key as they reach the kernel: normalised, centred, times
+    temperature and scale. Errors are relative, of the output: ``kernel_rel_error`` against exact attention of the
+    mechanism's own kernel, which is what its features estimate; ``kernel_gap`` that exact attention against softmax
+    attention of q and k as they are; ``softmax_rel_error`` the mechanism against the latter.
+    """
+
+    head: int
+    radius_p50: float
+    radius_p99: float
+    radius_max: float
+    entropy_ratio: float  # of softmax attention; 1 is uniform
+    predicted_rel_error: float | None
+    kernel_rel_error: float | None
+    kernel_gap: float | None
+    softmax_rel_error: float
+    uniform_rel_error: float  # of averaging, against softmax attention
+    negative_similarity_share: float | None  # of pairs with <phi(q), phi(k)> < 0
+    negative_share: float | None  # of rows with a negative denominator
+    guarded_share: float | None  # of rows whose denominator was too small, or below the floor of the features
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """How a mechanism does on given q, k and v, head by head; ``print`` shows it as a table."""
+
+    mechanism: str
+    config: Config
+    num_features: int | None
+    num_sequences: int
+    num_tokens: int
+    softmax_rel_error: float
+    uniform_rel_error: float
+    clamped_share: float  # of keys whose weight was cut
+    heads: tuple[HeadDiagnosis, ...]
+    reasons: tuple[str, ...] = ()  # why a field is None, and what else is to be known
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Those of all heads."""
+        return tuple(f"head {head.head}: {head.warning}" for head in self.heads if head.warning)
+
+    def __str__(self) -> str:
+        """The sum, a row for each head, then warnings and reasons."""
+        columns = (
+            "head", "radius p50", "p99", "max", "entropy", "predicted", "to kernel", "kernel gap", "to softmax",
+            "uniform", "phi phi < 0", "den. < 0", "guarded",
+        )  # fmt: skip
+        fields = [field.name for field in dataclasses.fields(HeadDiagnosis) if field.name not in ("head", "warning")]
+        rows = [(str(head.head), *(getattr(head, name) for name in fields)) for head in self.heads]
+        lines = [
+            f"{self.mechanism}{_options(self.config, brackets=True)}: error {self.softmax_rel_error:.3g}, uniform "
+            f"{self.uniform_rel_error:.3g}, on {self.num_sequences} sequences, {self.num_tokens} tokens",
+            text_table(columns, rows),
+            *(f"! {warning}" for warning in self.warnings),
+            *self.reasons,
+        ]
+        return "\n".join(lines)
+
+
+def text_table(columns: tuple[str, ...], rows: typing.Sequence[tuple[Cell, ...]]) -> str:
+    """A table as lines of text: words to the left, numbers to the right with three figures, None as n/a."""
+    body = [
+        ["n/a" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(columns, *body, strict=True)]
+    left = [all(isinstance(row[i], str | None) for row in rows) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if flush else cell.rjust(width)
+            for cell, width, flush in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in [list(columns), *body]
+    )
+
+
+def _options(config: Config, brackets: bool = False) -> str:
+    shown = ", ".join(
+        f"{name}={'+'.join(map(str, value)) if isinstance(value, list) else value}" for name, value in config.items()
+    )
+    return f" ({shown})" if brackets and shown else shown
+
+
 Cell = str | float | None
-"""One cell of a table: words, or a number that is shown with three figures; None is shown as a dash."""
+"""One cell of a table: words, or a number that is shown with three figures; None is shown as n/a."""
 
 
 @dataclass(frozen=True)
@@ -407,11 +548,12 @@ def from_json(cls: type[R], text: str) -> R:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"wanted the JSON of a {cls.__name__}, got text that is not JSON ({error})") from error
-    if cls is Report:
+    if cls in (Report, Study):
         version = data.get("schema_version") if isinstance(data, dict) else None
         if str(version).split(".")[0] != SCHEMA_VERSION.split(".")[0]:
             raise ValueError(
-                f"wanted a report of schema {SCHEMA_VERSION}, got {version!r}; make it again with this maclin"
+                f"wanted a {cls.__name__.lower()} of schema {SCHEMA_VERSION}, got {version!r}; make it again with this "
+                "maclin"
             )
     return _build(cls, data, cls.__name__)
 
@@ -431,7 +573,13 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _build(next(arg for arg in typing.get_args(kind) if arg is not type(None)), value, where)
+        kinds = [arg for arg in typing.get_args(kind) if arg is not type(None)]
+        if len(kinds) == 1:
+            return _build(kinds[0], value, where)
+        chosen = next((arg for arg in kinds if _is_scalar(arg, value)), None)
+        if chosen is None:
+            raise ValueError(f"{where}: wanted {' or '.join(arg.__name__ for arg in kinds)}, got {value!r}")
+        return _build(chosen, value, where)
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where}: wanted a list, got {type(value).__name__}")
@@ -454,8 +602,13 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
     if kind is float and value is None:  # to_json writes null for what is not finite
         return math.nan
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind in (int, float, str, bool) and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+    if kind in (int, float, str, bool) and not _is_scalar(kind, value):
         raise ValueError(f"{where}: wanted {kind.__name__}, got {value!r}")
-    return value
+    return float(value) if kind is float else value
+
+
+def _is_scalar(kind: Any, value: Any) -> bool:
+    """Whether a JSON value is of that scalar kind: a whole number is a float too, true and false are no numbers."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)

@@ -5,7 +5,8 @@
 
 A mechanism is any module under the call contract of ``maclin.Mechanism``, with attributes ``head_dim``,
 ``num_heads``, ``num_kv_heads`` and ``causal``. Each check compares it with itself under a change that must
-not matter, or with finite differences in float64; what it computes is checked by the oracles of
+not matter, with finite differences in float64, or, where it is a feature map under one normaliser, with all pairs of
+its own features, the floor of the denominators included. What its features are is checked by the oracles of
 ``maclin.core.reference``.
 """
 
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from .bench import largest_intermediate
-from .core import mechanisms
+from .core import mechanisms, reference
 from .core.errors import CapabilityError, InputError, MaclinError
+from .core.mechanisms import FeatureMechanism
 
 _TOLERANCE = 1e-9  # float64: what must not matter may change the last digits, no more
 _LENGTH = 150  # more than one causal chunk
@@ -123,6 +125,9 @@ def _run(subject: _Subject, declared: Mapping[str, str]) -> list[CheckResult]:
             continue
         if name in _CAUSAL_ONLY and not subject.causal:
             results.append(CheckResult(name, True, reason="not a causal mechanism"))
+            continue
+        if name == "own_features" and not _sums_features(subject.mech):
+            results.append(CheckResult(name, True, reason="not a feature map under one normaliser"))
             continue
         try:
             measured, allowed = check(subject)
@@ -323,6 +328,30 @@ def _grouped_heads(subject: _Subject) -> tuple[float, float]:
     return _off(out, out[:, :: heads // key_heads].repeat_interleave(heads // key_heads, dim=1)), _TOLERANCE
 
 
+def _sums_features(mech: nn.Module) -> bool:
+    """Whether out is the sum of phi(q) phi(k) v over the sum of phi(q) phi(k), so that it follows from the features."""
+    if not isinstance(mech, FeatureMechanism):
+        return False
+    features = mech.features(mech._scale(None))
+    return features.normaliser == "sum" and features.log_gate is None
+
+
+@torch.no_grad()
+def _own_features(subject: _Subject) -> tuple[float, float]:
+    mech = subject.mech
+    assert isinstance(mech, FeatureMechanism)
+    q, k, v = subject.inputs(_LENGTH, _LENGTH)
+    mask = torch.rand(2, _LENGTH, generator=torch.Generator().manual_seed(4)) > 0.3
+    worst = 0.0
+    for length in (1, 3.0):  # long queries, so that truncated series reach their floor
+        features, phi_q, phi_k = mech.features(mech._scale(None)), mech.query_map(length * q), mech.feature_map(k)
+        for causal in subject.modes:
+            wanted = reference.feature_attention(phi_q, phi_k, v, key_mask=mask, is_causal=causal, floor=features.floor)
+            wanted = wanted if features.post is None else features.post(wanted)
+            worst = max(worst, _off(subject(length * q, k, v, key_mask=mask, is_causal=causal), wanted))
+    return worst, 1e-7  # a denominator in which much cancels
+
+
 def _packed(subject: _Subject) -> tuple[float, float]:
     q, k, v = subject.inputs(60, 60, batch=1)
     worst = 0.0
@@ -391,6 +420,7 @@ _CHECKS: dict[str, Callable[[_Subject], tuple[float, float]]] = {
     "half_precision": _half_precision,
     "state_dict": _state_dict,
     "grouped_heads": _grouped_heads,
+    "own_features": _own_features,
     "packed": _packed,
     "linear_memory": _linear_memory,
     "refusals": _refusals,

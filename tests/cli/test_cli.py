@@ -85,7 +85,9 @@ def test_mechanisms_lists_all_with_what_they_can_do(run_cli: Cli) -> None:
     assert status == 0
     assert list(rows) == maclin.mechanisms.names()
     assert not rows["linformer"]["causal"]
-    assert rows["macformer"]["options"]["num_features"] == 128
+    assert rows["macformer"]["options"]["estimator"] == "stratified"
+    assert rows["macformer"]["options"]["num_features"] is None
+    assert rows["favor"]["options"]["num_features"] == 128
     status, out, _ = run_cli("mechanisms")
     assert all(name in out for name in rows)
 

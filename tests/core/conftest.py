@@ -44,6 +44,48 @@ def qkv() -> Callable[..., Tensors]:
 
 
 @pytest.fixture(scope="session")
+def problem() -> Callable[..., Tensors]:
+    """q (batch, heads, n, d), k (batch, kv_heads, n, d) and v, float64, with |q| |k| / sqrt(d) = radius for all pairs.
+
+    "isotropic" points anywhere; "aligned" lies near 3 dimensions, the same for every seed, with v partly linear in k;
+    ``shift`` then moves all keys and queries, each key head another way.
+    """
+
+    def make(
+        kind: str,
+        radius: float,
+        *,
+        batch: int = 6,
+        heads: int = 1,
+        kv_heads: int = 1,
+        n: int = 64,
+        d: int = 8,
+        seed: int = 0,
+        shift: float = 0.0,
+    ) -> Tensors:
+        structure, generator = torch.Generator().manual_seed(99), torch.Generator().manual_seed(seed)
+        plane, mixing, centre = (
+            torch.randn(kv_heads, rows, d, generator=structure, dtype=torch.float64) for rows in (3, d, 1)
+        )
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        def points(number: int) -> Tensor:
+            x = normal(batch, number, n, d)
+            if kind == "aligned":
+                on_plane = normal(batch, number, n, 3) @ plane.repeat_interleave(number // kv_heads, 0)
+                x = on_plane + 0.1 * on_plane.square().mean().sqrt() * x
+            x = radius**0.5 * d**0.25 * x / x.norm(dim=-1, keepdim=True)
+            return x + shift * centre.repeat_interleave(number // kv_heads, 0)
+
+        q, k = points(heads), points(kv_heads)
+        return q, k, k @ mixing + 0.5 * k.square().sum(-1, keepdim=True).sqrt() * normal(batch, kv_heads, n, d)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def key_mask() -> Callable[..., Tensor | None]:
     """A key mask (batch, s): "none", "right", "left", "random" or "all" (the last sample attends to nothing)."""
 

@@ -1,5 +1,6 @@
 """check_mechanism passes every mechanism of the registry, and catches every way to break the contract."""
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -35,12 +36,28 @@ CONFIGURATIONS: dict[str, list[dict[str, Any]]] = {
         {"num_features": 16, "estimator": "published"},
         {"num_features": 16, "estimator": "kar_karnick"},
         {"num_features": 9, "estimator": "taylor"},
-        {"num_features": 16, "kernel": "inv"},
-        {"num_features": 16, "kernel": "sqrt", "ppsbn": "batch"},
-        {"num_features": 16, "temperature": "learned"},
-        {"num_features": 16, "kernel": "inv", "ppsbn": "batch", "temperature": "learned"},
-        {"num_features": 16, "ppsbn": False},
-        {"num_features": 16, "kernel": GAUSSIAN_SERIES},
+        {"num_features": 16, "kernel": "inv", "estimator": "published"},
+        {"num_features": 16, "kernel": "sqrt", "ppsbn": "batch", "estimator": "published"},
+        {"num_features": 16, "temperature": "learned", "estimator": "published"},
+        {
+            "num_features": 16,
+            "kernel": "inv",
+            "ppsbn": "batch",
+            "temperature": "learned",
+            "estimator": "published",
+        },
+        {"num_features": 16, "ppsbn": False, "estimator": "published"},
+        {"num_features": 16, "kernel": GAUSSIAN_SERIES, "estimator": "published"},
+        {},
+        {"counts": (1, 8, 6, 0, 3)},
+        {"counts": (1, 8, 36, 12, 4), "kernel": "log", "temperature": "learned"},
+        {"num_features": "auto", "tolerance": 0.1},
+        {"kernel": "auto", "ppsbn": "batch", "temperature": "learned"},
+        {"kernel": GAUSSIAN_SERIES, "ppsbn": False},
+        {"centred": True, "ppsbn": False},
+        {"unbiased": True, "num_features": 30},
+        {"unbiased": True, "num_features": 80, "kernel": "inv"},
+        {"unbiased": True, "counts": (1, 8, 5, 0, 4), "num_features": 30, "centred": True},
         {"num_features": 16, "kernel": "exp", "estimator": "kar_karnick", "ppsbn": "batch", "temperature": "learned"},
     ],
 }
@@ -56,14 +73,62 @@ def label(value: object) -> str:
 @pytest.mark.parametrize(("name", "options"), CASES, ids=label)
 def test_every_mechanism_conforms(name, options):
     results = check_mechanism(lambda: maclin.mechanism(name, head_dim=8, num_heads=4, num_kv_heads=2, **options))
-    assert len(results) == 17
+    assert len(results) == 18
     for result in results:
         assert result.passed
         assert result.measured is not None or result.reason, result.name
     not_run = {result.name for result in results if result.measured is None}
     causal = {"causal_leak", "causal_alignment", "chunked_is_recurrent", "state_is_batch_first"}
     declared = {key.partition(":")[0] for key in mechanisms.row(name).exceptions}
-    assert not_run <= declared | (set() if mechanisms.row(name).causal else causal)
+    # those with one normaliser: the others divide by the count or per channel, have a gate or no features
+    sums = issubclass(mechanisms.row(name).cls, FeatureMechanism) and name != "efficient" and not options.get("gate")
+    assert not_run <= declared | (set() if mechanisms.row(name).causal else causal) | (
+        set() if sums else {"own_features"}
+    )
+
+
+CALIBRATED: dict[str, dict[str, Any]] = {
+    "stratified": {"num_features": 40},
+    "raw": {"num_features": 60, "ppsbn": False},
+    "counts": {"counts": (1, 8, 12, 5, 3, 2)},
+    "auto": {"num_features": "auto", "tolerance": 0.05, "ppsbn": False},
+    "kernel": {"kernel": "auto", "temperature": "learned"},
+    "inv": {"kernel": "inv", "ppsbn": "batch", "temperature": "learned"},
+    "unbiased": {"unbiased": True, "num_features": 60},
+    "published": {"estimator": "published", "ppsbn": "batch", "temperature": "learned", "num_features": 16},
+}
+
+
+def calibrated(options: dict[str, Any], sizes: dict[str, int]) -> Mechanism:
+    """Calibrated on keys and queries that are shifted and of unequal spread, with masks and causally."""
+    generator = torch.Generator().manual_seed(9)
+    width = sizes["head_dim"]
+    heads, key_heads = sizes["num_heads"], sizes.get("num_kv_heads", sizes["num_heads"])
+    spread = torch.linspace(1.5, 0.3, width)
+    q, k, v = (torch.randn(4, h, 40, width, generator=generator) * spread + 0.2 for h in (heads, key_heads, key_heads))
+    mask = torch.rand(4, 40, generator=generator) > 0.1
+    return maclin.calibrate(maclin.mechanism("macformer", **sizes, **options), q, k, v, mask, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "heads"), [*((case, (4, 2)) for case in CALIBRATED), ("stratified", (3, 3)), ("unbiased", (2, 1))]
+)
+def test_a_calibrated_mechanism_conforms(case, heads):
+    sizes = {"head_dim": 8, "num_heads": heads[0], "num_kv_heads": heads[1]}
+    mech = calibrated(CALIBRATED[case], sizes)
+    built: list[Mechanism] = []
+
+    def again() -> Mechanism:
+        """The calibrated one first, then what its configuration builds: the check loads the state of the first."""
+        built.append(mech if not built else maclin.mechanism("macformer", **sizes, **mech.config))
+        return copy.deepcopy(built[-1])
+
+    options = CALIBRATED[case]
+    own = options.get("temperature") == "learned" or options.get("ppsbn") == "batch"
+    exceptions = {"grouped_heads": "temperature and statistics of a query head are its own"} if own else {}
+    results = check_mechanism(again, exceptions=exceptions)
+    assert len(built) == 2
+    assert {result.name for result in results if result.measured is None} == set(exceptions)
 
 
 @pytest.mark.parametrize("name", [name for name in mechanisms.names() if name not in CONFIGURATIONS])
@@ -271,6 +336,14 @@ class KeepsItsDrawToItself(Broken):
         return Features(lambda q: elu_features(q * self.directions.to(q)), elu_features, self.head_dim)
 
 
+class FloorsWithoutSayingSo(Broken):
+    """Weights that do not belong to the features: those of every query are raised."""
+
+    def _bidirectional(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+        features = Features(lambda x: elu_features(x * scale) + 0.1, elu_features, self.head_dim)
+        return attend(q, k, v, features, key_mask)
+
+
 class TellsQueryHeadsApart(Broken):
     def features(self, scale: float) -> Features:
         factor = torch.arange(1.0, self.num_heads + 1)[:, None, None]
@@ -333,6 +406,7 @@ BROKEN: list[tuple[type[nn.Module], str]] = [
     (IsUndefinedWithoutKeys, "masked_rows"),
     (KeepsItsDrawToItself, "state_dict"),
     (TellsQueryHeadsApart, "grouped_heads"),
+    (FloorsWithoutSayingSo, "own_features"),
     (GroupsHeadsTheOtherWayRound, "grouped_heads"),
     (IgnoresThePacking, "packed"),
     (IgnoresCausality, "refusals"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +30,30 @@ SHAPES = [
 HALF_COSH = Kernel("half-cosh", lambda n: 0.5 if n == 0 else 0.0 if n % 2 else 1 / math.factorial(n))
 
 
-def build(name: str, **options) -> maclin.Mechanism:
+def build(name: str, calibrated: Any = None, **options) -> maclin.Mechanism:
     known = (
         options
         if name not in ("rfa", "macformer", "favor")
         else {"generator": torch.Generator().manual_seed(5), **options}
     )
-    return maclin.mechanism(name, head_dim=8, num_heads=4, num_kv_heads=2, **known).double().eval()
+    mech = maclin.mechanism(name, head_dim=8, num_heads=4, num_kv_heads=2, **known).double().eval()
+    if calibrated is None:
+        return mech
+    # shifted, of unequal spread, and shorter than what comes later: so the floor has something to do
+    generator = torch.Generator().manual_seed(6)
+    spread = torch.linspace(1.6, 0.4, 8, dtype=torch.float64)
+    q, k, v = (
+        (torch.randn(3, heads, 40, 8, generator=generator, dtype=torch.float64) * spread + 0.3) for heads in (4, 2, 2)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(7)
+        return maclin.calibrate(mech, calibrated * q, calibrated * k, v)
+
+
+def floor_of(mech: maclin.Mechanism) -> float:
+    """A truncated series of centred keys keeps 0.7 of what its constant gives; nothing else has a floor."""
+    calibrated = getattr(mech, "calibration", None) is not None
+    return 0.7 if calibrated and not mech.config["unbiased"] and mech.config["centred"] else 0.0
 
 
 def group(weight: Tensor, heads: int) -> Tensor:
@@ -69,8 +87,8 @@ def macformer_map(mech: maclin.Mechanism, x: Tensor, scale: float) -> Tensor:
     if mech.ppsbn == "token":
         x = x - x.mean(-1, keepdim=True)
         x = x / x.norm(dim=-1, keepdim=True)
-    directions = group(mech.directions, x.shape[1])
-    degrees = mech.degrees.tolist()
+    directions = group(mech.map.get_buffer("directions"), x.shape[1])
+    degrees = mech.map.get_buffer("degrees").tolist()
     m = len(degrees)
     features = []
     for i, degree in enumerate(degrees):
@@ -86,6 +104,34 @@ def macformer_map(mech: maclin.Mechanism, x: Tensor, scale: float) -> Tensor:
     return torch.stack(features, dim=-1)
 
 
+def stratified_map(mech: maclin.Mechanism, x: Tensor, scale: float) -> Tensor:
+    """Coefficient times product of the directions of B^T (x - c), one feature after the other; keys have weights."""
+    assert isinstance(mech, Macformer)
+    heads, keys = x.shape[1], x.shape[1] == 2
+    if mech.ppsbn == "token":
+        x = x - x.mean(-1, keepdim=True)
+        x = x / x.norm(dim=-1, keepdim=True)
+    side = "k" if keys else "q"
+    part = {name: group(t, heads) for name, t in mech.map.named_buffers() if t.dim() > 1}
+    x = x - part[f"{side}_centre"][:, None]
+    u = torch.einsum("bhnd,hde->bhne", x, part[f"{side}_basis"]) * math.sqrt(scale)
+    degrees = mech.map.get_buffer("degrees").tolist()
+    features = []
+    for i, degree in enumerate(degrees):
+        # a constant has sqrt(a_0), whatever its coefficient says
+        value = part["coefficients"][:, i, None] * torch.ones(x.shape[:-1], dtype=x.dtype)
+        if degree == 0:
+            value = torch.full(x.shape[:-1], math.sqrt(mech.kernel.coefficient(0)), dtype=x.dtype)
+        for rank in range(degree):
+            column = sum(sum(d > r for d in degrees) for r in range(rank)) + i
+            value = value * torch.einsum("bhne,he->bhn", u, part["directions"][:, :, column])
+        features.append(value)
+    phi = torch.stack(features, dim=-1)
+    if keys:
+        phi = phi * (scale * torch.einsum("bhnd,hd->bhn", x, part["q_centre"])).exp()[..., None]
+    return phi
+
+
 Map = Callable[[maclin.Mechanism, Tensor, float], Tensor]
 MAPS: dict[str, tuple[str, dict[str, object], Map, float | None]] = {
     # name, options, the map written out, the scale that scale=None means (1/sqrt(D) if None)
@@ -94,11 +140,25 @@ MAPS: dict[str, tuple[str, dict[str, object], Map, float | None]] = {
     "rfa": ("rfa", {"num_features": 32}, rfa_map, 1.0),
     "rfa-warm": ("rfa", {"num_features": 32, "temperature": 1.7}, rfa_map, 1 / 1.7),
     "favor": ("favor", {"num_features": 21}, favor_map, None),
-    "macformer": ("macformer", {"num_features": 24}, macformer_map, None),
-    "macformer-kar_karnick": ("macformer", {"num_features": 33, "estimator": "kar_karnick"}, macformer_map, None),
-    "macformer-inv": ("macformer", {"num_features": 24, "kernel": "inv"}, macformer_map, None),
-    "macformer-own": ("macformer", {"num_features": 48, "kernel": HALF_COSH}, macformer_map, None),
-    "macformer-raw": ("macformer", {"num_features": 48, "ppsbn": False}, macformer_map, None),
+    "published": ("macformer", {"num_features": 24, "estimator": "published"}, macformer_map, None),
+    "kar_karnick": ("macformer", {"num_features": 33, "estimator": "kar_karnick"}, macformer_map, None),
+    "inv": ("macformer", {"num_features": 24, "kernel": "inv", "estimator": "published"}, macformer_map, None),
+    "own": ("macformer", {"num_features": 48, "kernel": HALF_COSH, "estimator": "published"}, macformer_map, None),
+    "raw": ("macformer", {"num_features": 48, "ppsbn": False, "estimator": "published"}, macformer_map, None),
+    "stratified": ("macformer", {"num_features": 30}, stratified_map, None),
+    "stratified-inv": ("macformer", {"kernel": "inv", "counts": (1, 8, 9, 0, 2)}, stratified_map, None),
+    "stratified-own": ("macformer", {"kernel": HALF_COSH, "counts": (1, 8, 9, 5, 3)}, stratified_map, None),
+    "unbiased": ("macformer", {"num_features": 24, "unbiased": True}, stratified_map, None),
+    "unbiased-log": ("macformer", {"num_features": 60, "unbiased": True, "kernel": "log"}, stratified_map, None),
+    "calibrated": ("macformer", {"num_features": 40, "calibrated": 1.0}, stratified_map, None),
+    "calibrated-raw": ("macformer", {"num_features": 45, "ppsbn": False, "calibrated": 1.0}, stratified_map, None),
+    "calibrated-sqrt": ("macformer", {"kernel": "sqrt", "num_features": 30, "calibrated": 1.0}, stratified_map, None),
+    "calibrated-unbiased": (
+        "macformer",
+        {"num_features": 60, "ppsbn": False, "unbiased": True, "calibrated": 0.6},
+        stratified_map,
+        None,
+    ),
 }
 
 
@@ -122,18 +182,18 @@ def test_feature_maps_in_the_contraction(qkv, key_mask, rel_error, case, kind):
         mask = key_mask(kind, s)
         scale = 8**-0.5 if own_scale is None else own_scale
         wanted = reference.feature_attention(
-            phi(mech, q, scale), phi(mech, k, scale), v, key_mask=mask, is_causal=causal
+            phi(mech, q, scale), phi(mech, k, scale), v, key_mask=mask, is_causal=causal, floor=floor_of(mech)
         )
         assert rel_error(mech(q, k, v, key_mask=mask, is_causal=causal), wanted) < 1e-8, (n, s, causal)
 
 
-@pytest.mark.parametrize("case", ["rfa", "favor", "macformer", "macformer-inv"])
+@pytest.mark.parametrize("case", ["rfa", "favor", "published", "inv", "stratified", "unbiased", "calibrated-raw"])
 def test_a_given_scale_replaces_the_own(qkv, rel_error, case):
     name, options, phi, _ = MAPS[case]
     mech = build(name, **options)
     q, k, v = qkv(20, 30)
-    wanted = reference.feature_attention(phi(mech, q, 0.6), phi(mech, k, 0.6), v)
-    assert rel_error(mech(q, k, v, scale=0.6), wanted) < 1e-9
+    wanted = reference.feature_attention(phi(mech, q, 0.5), phi(mech, k, 0.5), v, floor=floor_of(mech))
+    assert rel_error(mech(q, k, v, scale=0.5), wanted) < 1e-9
 
 
 def test_the_scale_of_elu_multiplies_the_queries(qkv, rel_error):

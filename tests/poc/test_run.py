@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from maclin.adopt import Step, load
+from maclin.core import mechanisms
 from maclin.core.errors import CapabilityError, InputError, OptionError
 from maclin.poc import ProofOfConcept, run
 from maclin.poc import frontier as frontier_of
@@ -65,6 +66,9 @@ def test_the_frontier_runs_from_the_original_to_all_linear(report: Report) -> No
     assert report.frontier[0].neighbour_agreement == 1.0
     assert set(report.frontier[2].linear_layers) == {row.layer for row in report.audit.layers}
     assert all(point.length == 64 and point.latency_ms and point.peak_bytes for point in report.frontier)
+    audited = report.audit.num_documents + report.audit.num_calibration_documents
+    assert audited == report.data.num_calibration_documents  # and no document that the frontier is measured on
+    assert report.audit.num_calibration_documents == 3
     errors = [report.audit.layer(layer).errors for layer in report.frontier[2].linear_layers]
     least = [
         min(e.rel_error for e in row if e.rel_error is not None and e.mechanism not in ("mean", "softmax"))
@@ -92,14 +96,16 @@ def test_the_model_is_restored_after_the_frontier(model_dir: Path, fails: bool, 
     texts = ["a b c d", "b c d e f", "a a a b h"]
     original = loaded.encode(texts)
     steps = [Step("encoder.layer.1.attention.self", "window", {"window": 2}, 0.1)]
+    ready = {steps[0].layer: mechanisms.mechanism("window", head_dim=8, num_heads=4, window=2)}
     arguments: dict[str, Any] = {"length": 8, "device": "cpu", "seconds_per_point": 0.01, "progress": Silent()}
     if fails:
         monkeypatch.setattr(frontier_of, "interleaved", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            frontier_of.measure_frontier(loaded, steps, texts, original, **arguments)
+            frontier_of.measure_frontier(loaded, steps, ready, texts, original, **arguments)
     else:
-        points = frontier_of.measure_frontier(loaded, steps, texts, original, **arguments)
+        points = frontier_of.measure_frontier(loaded, steps, ready, texts, original, **arguments)
         assert points[1].cosine_mean < 1.0
+        assert [point.configs for point in points] == [(), ({"window": 2},)]
     assert not loaded.converted
     assert torch.equal(loaded.encode(texts), original)
 

@@ -1,51 +1,27 @@
 """The error of every mechanism on every layer, measured on real q, k and v beside exact and uniform attention.
 
-Nothing is stored: each call of a layer is compared while the model runs, and only sums are kept.
+Each call of a layer is compared while the model runs, and only sums are kept. Mechanisms that learn from data are
+calibrated before, on every third document; then everything is measured on the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from maclin.adopt.capture import token_mask, watch
+from maclin.adopt.calibrate import for_learning, only, sampled, watch_documents
+from maclin.adopt.candidates import Candidate, Trial, default_candidates, relative, squares, sums, trials
+from maclin.adopt.capture import token_mask
 from maclin.adopt.exact import ExactAttention, actual_scale, exact_attention, uniform_attention
 from maclin.adopt.hosts import host
 from maclin.adopt.hosts.base import AttentionCall, AttentionLayer, Batch
-from maclin.core import mechanisms as registry
-from maclin.core.errors import InputError, MaclinError
-from maclin.core.statistics import guarded
-from maclin.records import Audit, Config, HeadStatistics, LayerAudit, MechanismError
-
-DRAWS = 3
-"""Independent draws of a random mechanism: batches take turns with them, and its error is that over all batches."""
+from maclin.records import Audit, HeadStatistics, LayerAudit
 
 FEW_DOCUMENTS, FEW_TOKENS = 16, 4096
 """Below either, the audit carries a warning."""
-
-Candidate = str | tuple[str, Config]
-"""A mechanism's name, with its default configuration for the layer's width, or name and configuration."""
-
-
-def default_config(name: str, head_dim: int) -> Config:
-    """The configuration in which the audit tries a mechanism unless it is told another.
-
-    The mechanism's own defaults, but for Linformer: learned projections say nothing before they are trained, so
-    it is tried by mean pooling to twice the head's width.
-
-    Args:
-        name: one of ``maclin.core.mechanisms.names()``.
-        head_dim: width of the layer's heads.
-    """
-    if name == "linformer":
-        return {"projection": "mean-pool", "proj_len": 2 * head_dim}
-    registry.row(name)
-    return {}
 
 
 def audit(
@@ -53,18 +29,23 @@ def audit(
     batches: Iterable[Batch],
     mechanisms: Iterable[Candidate] | None = None,
     progress: Callable[[int], None] | None = None,
+    calibrating: Callable[[str], None] | None = None,
 ) -> Audit:
     """Measure every mechanism on every attention layer of a model.
 
     The error is ||out - exact|| / ||exact|| over all tokens that are not padding, against exact attention on the
     same q, k and v in float32. A mechanism that cannot be applied is recorded with the reason.
 
+    Where a mechanism learns from data, every third document is kept apart to calibrate it on, layer by layer (from
+    16 sequences of up to 2048 tokens), and all mechanisms are measured on the other documents. The batches are then
+    kept, and gone through twice.
+
     Args:
         model: any model that ``maclin.convert_`` takes; it is left as it is.
         batches: keyword arguments of the model's forward, one mapping per batch, padded with an attention_mask.
-        mechanisms: names, or pairs of name and configuration (default: all that are registered but softmax, each
-            in ``default_config``).
-        progress: called after each batch with the number of batches done.
+        mechanisms: names, or pairs of name and configuration (default: ``default_candidates``).
+        progress: called after each batch that was measured, with the number of them.
+        calibrating: called with the name of each layer whose mechanisms have been calibrated.
 
     Returns:
         One row per attention module, in the order of the first call; a module that several layers share is one
@@ -77,8 +58,21 @@ def audit(
         MaclinError: a batch does not fit in memory.
     """
     layers = host(model).layers()
-    names = [name for name in registry.names() if name != "softmax"] if mechanisms is None else list(mechanisms)
-    totals = {layer.name: _Totals(layer, _candidates(names, layer)) for layer in layers if layer.refused is None}
+    watched = [layer for layer in layers if layer.refused is None]
+    given = None if mechanisms is None else list(mechanisms)
+    candidates = {
+        layer.name: trials(default_candidates(layer.head_dim) if given is None else given, layer) for layer in watched
+    }
+    learning = 0
+    if any(candidate.learns for found in candidates.values() for candidate in found):
+        batches = list(batches)
+        learning = _teach(model, batches, watched, candidates, calibrating)
+    totals = {layer.name: _Totals(layer, candidates[layer.name]) for layer in watched}
+
+    def measure(call: AttentionCall, numbers: range) -> None:
+        rows = [row for row, document in enumerate(numbers) if not (learning and for_learning(document))]
+        if rows:
+            totals[call.layer].add(only(call, rows))
 
     def report(done: int) -> bool:
         if progress is not None:
@@ -86,8 +80,7 @@ def audit(
         return True
 
     with torch.no_grad():
-        watched = [layer for layer in layers if layer.refused is None]
-        watch(model, batches, watched, lambda call: totals[call.layer].add(call), report)
+        watch_documents(model, batches, watched, measure, report)
     rows = tuple(
         totals[layer.name].row() if layer.refused is None else _refused(layer, layer.refused) for layer in layers
     )
@@ -95,85 +88,52 @@ def audit(
     documents = max((t.documents // t.layer.calls for t in measured), default=0)
     length = max((t.longest for t in measured), default=0)
     tokens = max((row.num_tokens for row in rows), default=0)
-    return Audit(rows, length, documents, _warnings(documents, tokens), type(host(model).root).__name__)
+    root = type(host(model).root).__name__
+    return Audit(rows, length, documents, _warnings(documents, tokens), root, learning)
+
+
+def _teach(
+    model: nn.Module,
+    batches: list[Batch],
+    layers: list[AttentionLayer],
+    tried: Mapping[str, list[Trial]],
+    calibrating: Callable[[str], None] | None,
+) -> int:
+    """Calibrate what learns from data on every third document; the number of these, 0 where nothing has learned."""
+    documents: set[int] = set()
+
+    def takes(document: int) -> bool:
+        if for_learning(document):
+            documents.add(document)
+        return for_learning(document)
+
+    pupils = [layer for layer in layers if any(c.learns for c in tried[layer.name])]
+    taught = False
+    for layer, sample in sampled(model, batches, pupils, takes):
+        for candidate in tried[layer.name]:
+            taught = candidate.learn(sample) or taught
+        if calibrating is not None:
+            calibrating(layer.name)
+    for layer in pupils:
+        for candidate in tried[layer.name]:
+            candidate.leave_untaught()
+    return len(documents) if taught else 0
 
 
 def _warnings(documents: int, tokens: int) -> tuple[str, ...]:
     if tokens and (documents < FEW_DOCUMENTS or tokens < FEW_TOKENS):
         return (
-            f"small calibration set: {documents} documents, {tokens} tokens; errors near the tolerance may change with "
-            f"other documents, and with them the plan; use at least {FEW_DOCUMENTS} documents and {FEW_TOKENS} tokens",
+            f"small calibration set: {documents} documents, {tokens} tokens to measure on; errors near the tolerance "
+            "may change with other documents, and with them the plan; use at least "
+            f"{FEW_DOCUMENTS} documents and {FEW_TOKENS} tokens",
         )
     return ()
-
-
-def _candidates(names: Iterable[Candidate], layer: AttentionLayer) -> list[_Candidate]:
-    pairs = [(n, default_config(n, layer.head_dim)) if isinstance(n, str) else (n[0], dict(n[1])) for n in names]
-    return [_candidate(name, config, layer) for name, config in pairs]
-
-
-def _candidate(name: str, config: Config, layer: AttentionLayer) -> _Candidate:
-    row = registry.row(name)
-    if layer.is_causal and not row.causal:
-        return _Candidate(name, config, reason=f"{name} has no causal form, and this layer is causal")
-    sizes = {"head_dim": layer.head_dim, "num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
-    draws: list[nn.Module] = []
-    try:
-        for seed in range(DRAWS if row.random else 1):
-            extra: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)} if row.random else {}
-            draws.append(registry.mechanism(name, **sizes, **config, **extra).eval())
-    except MaclinError as error:
-        return _Candidate(name, config, reason=str(error))
-    return _Candidate(name, config, draws)
-
-
-@dataclass
-class _Candidate:
-    """Squared error of one mechanism on one layer so far."""
-
-    name: str
-    config: Config
-    draws: list[nn.Module] = field(default_factory=list)
-    reason: str | None = None
-    squared: Tensor | float = 0.0  # (H,)
-    calls: int = 0
-    rows: int = 0
-    guarded: int = 0
-    negative: int = 0
-
-    def add(self, call: AttentionCall, exact: Tensor, real: Tensor) -> None:
-        if self.reason is not None:
-            return
-        dtype = torch.promote_types(call.q.dtype, torch.float32)
-        q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
-        options: dict[str, Any] = {"key_mask": call.key_mask, "is_causal": call.is_causal, "scale": call.scale}
-        mechanism = self.draws[self.calls % len(self.draws)].to(device=q.device, dtype=dtype)
-        try:
-            with guarded() as counts:
-                out = mechanism(q, k, v, **options)
-        except MaclinError as error:
-            self.reason = str(error)
-            return
-        self.calls += 1
-        self.squared += _squares(out - exact, real)
-        self.rows += counts.rows
-        self.guarded += counts.guarded
-        self.negative += counts.negative
-
-    def result(self, exact: Tensor) -> MechanismError:
-        squared = torch.as_tensor(self.squared)
-        if self.reason is None and not bool(torch.isfinite(squared).all()):
-            self.reason = "its output is not finite on these documents"
-        if self.reason is not None:
-            return MechanismError(self.name, self.config, None, reason=self.reason)
-        shares = (self.guarded / self.rows, self.negative / self.rows) if self.rows else (None, None)
-        return MechanismError(self.name, self.config, *_relative(squared, exact), *shares)
 
 
 class _Totals:
     """Everything that is summed over the calls of one layer."""
 
-    def __init__(self, layer: AttentionLayer, candidates: list[_Candidate]) -> None:
+    def __init__(self, layer: AttentionLayer, candidates: list[Trial]) -> None:
         self.layer = layer
         self.candidates = candidates
         self.documents = 0
@@ -192,8 +152,8 @@ class _Totals:
         self.documents += int((lengths > 0).sum())
         self.longest = max(self.longest, int(lengths.max()))
         self.tokens += int(lengths.sum())
-        self.exact += _squares(exact.out, real)
-        self.uniform += _squares(uniform_attention(call) - exact.out, real)
+        self.exact += squares(exact.out, real)
+        self.uniform += squares(uniform_attention(call) - exact.out, real)
         self._describe(call, exact, real)
         for candidate in self.candidates:
             candidate.add(call, exact.out, real)
@@ -201,9 +161,9 @@ class _Totals:
     def _describe(self, call: AttentionCall, exact: ExactAttention, real: Tensor) -> None:
         several = real & (exact.attended > 1)
         most = exact.attended.clamp_min(2).log()[:, None]
-        self.entropy += _sums(exact.entropy / most, several)
+        self.entropy += sums(exact.entropy / most, several)
         self.entropy_rows += int(several.sum())
-        self.logit_std += _sums(exact.logit_std, real)
+        self.logit_std += sums(exact.logit_std, real)
         groups = self.layer.num_heads // self.layer.num_kv_heads
         for x, squared, most_so_far in (
             (call.q, self.q_squared, self.q_max),
@@ -217,7 +177,7 @@ class _Totals:
     def row(self) -> LayerAudit:
         if not self.tokens:
             return _refused(self.layer, "it was not called on any token of these documents")
-        uniform, uniform_by_head = _relative(self.uniform, self.exact)
+        uniform, uniform_by_head = relative(self.uniform, self.exact)
         tokens = self.tokens
         heads = tuple(
             HeadStatistics(
@@ -245,24 +205,3 @@ class _Totals:
 def _refused(layer: AttentionLayer, reason: str) -> LayerAudit:
     sizes = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
     return LayerAudit(layer.name, *sizes, 0, (), None, (), (), refused=reason)
-
-
-def _squares(x: Tensor, real: Tensor) -> Tensor:
-    """Sum of squares per head (H,) of x (B, H, N, Dv) over real tokens, in float64 on the CPU."""
-    return _sums(x.double().square().sum(-1), real)
-
-
-def _sums(x: Tensor, real: Tensor) -> Tensor:
-    """Sum per head (H,) of x (B, H, N) over real tokens, in float64 on the CPU."""
-    return x.double().masked_fill(~real[:, None], 0.0).sum((0, 2)).cpu()
-
-
-def _relative(squared: Tensor, exact: Tensor) -> tuple[float, tuple[float, ...]]:
-    by_head = tuple(
-        math.sqrt(a / b) if b > 0 else math.sqrt(a) for a, b in zip(squared.tolist(), exact.tolist(), strict=True)
-    )
-    if not float(exact.sum()) > 0:
-        raise InputError(
-            "the attention output is zero everywhere on these documents; wanted a model with trained weights"
-        )
-    return math.sqrt(float(squared.sum() / exact.sum())), by_head

@@ -3,67 +3,120 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from maclin.adopt.audit import audit
+from maclin.adopt.calibrate import learned, needs_data, sampled
 from maclin.adopt.hosts import host
 from maclin.adopt.hosts.base import AttentionLayer, Batch
 from maclin.adopt.plan import EXACT
+from maclin.adopt.plan import plan as plan_of
 from maclin.core import mechanisms as registry
 from maclin.core.errors import CapabilityError, InputError, MaclinError, OptionError
 from maclin.records import Config, Plan
 
-Choice = str | tuple[str, Config] | nn.Module
+LayerChoice = str | tuple[str, Config] | nn.Module
 """A mechanism's name, its name and configuration, or a mechanism that is ready, a calibrated one for example."""
+
+
+AUTO = "auto"
+"""In place of a plan: audit, plan and convert in one."""
 
 
 def convert_(
     model: nn.Module,
-    plan: Plan | str | Mapping[str, Choice],
+    plan: Plan | str | Mapping[str, LayerChoice],
     *,
+    batches: Iterable[Batch] | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     generator: torch.Generator | None = None,
     batch: Batch | None = None,
+    uncalibrated: bool = False,
     **options: Any,
-) -> None:
+) -> Plan | None:
     """Replace a model's attention in place; weights and the keys of its state_dict stay, new keys are only added.
 
     Layers that are not converted keep the host's own attention. All or nothing: on an error the model is as it
     was. Converting again replaces the earlier conversion.
 
+    A mechanism that learns from data (macformer) is calibrated on the layer's own q, k and v where ``batches`` are
+    given: on at most 16 sequences of 2048 tokens of each layer, spread evenly, with exact attention everywhere.
+
     Args:
         model: a transformers model, a SentenceTransformer, or a module with one transformers model inside.
         plan: what ``maclin.plan`` decided; or one mechanism's name for all layers; or a mapping from layer name to
-            name, (name, configuration) or mechanism, for these layers only.
+            name, (name, configuration) or mechanism, for these layers only; or "auto", which audits the model on
+            ``batches`` and plans, with ``tolerance``, ``length`` and ``mechanisms`` as options.
+        batches: documents to calibrate on, keyword arguments of the model's forward; not those to judge the result by.
         filter_fn: called with each attention module and its name; layers for which it says False stay exact.
         generator: of the random features; default is a fresh one seeded with 0, so that converting twice gives
             the same model.
         batch: inputs to find the attention layers with, for models whose inputs cannot be made up.
+        uncalibrated: take a plan that was made with calibrated mechanisms without data: shapes are right, and
+            ``load_state_dict`` is to bring the rest.
         options: of the mechanism, where ``plan`` is a name.
 
+    Returns:
+        The plan that was carried out, where one was given or made.
+
     Raises:
-        OptionError: an unknown mechanism or option (the message lists the known), or options beside a plan.
-        InputError: a plan for another model, or a mapping with unknown layers.
+        OptionError: an unknown mechanism or option (the message lists the known), options beside a plan, or a plan
+            with calibrated mechanisms without batches.
+        InputError: a plan for another model, a mapping with unknown layers, or too few tokens to calibrate on.
         CapabilityError: attention that cannot be replaced faithfully, or a mechanism that lacks what the model
             needs; the message names the layer and the reason.
 
     Example:
         >>> maclin.convert_(model, "window", window=32)
+        >>> maclin.convert_(model, "auto", batches=batches, tolerance=0.3)
         >>> maclin.restore_(model)
     """
     if options and not isinstance(plan, str):
         raise OptionError(f"options {sorted(options)} go with a mechanism's name; a plan or mapping holds its own")
+    documents = None if batches is None else list(batches)
+    if isinstance(plan, str) and plan == AUTO:
+        plan, options = _decided(model, documents, options), {}
     adapter = host(model)
     layers = [layer for layer in adapter.layers(batch) if filter_fn is None or filter_fn(layer.module, layer.name)]
     choices = _choices(plan, layers, options, filter_fn is not None)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    built = {layer.module: _built(choices[layer.name], layer, generator) for layer in layers if layer.name in choices}
-    if not built and not isinstance(plan, Plan):
+    chosen = [layer for layer in layers if layer.name in choices]
+    if not chosen and not isinstance(plan, Plan):
         raise InputError("no layer is left to convert; wanted a filter_fn or mapping that keeps at least one")
-    adapter.install(built)
+    built = {layer.name: _built(choices[layer.name], layer, generator) for layer in chosen}
+    if documents is not None:
+        built |= _taught(model, documents, chosen, choices, built)
+    elif not uncalibrated:
+        _check_no_data_needed(chosen, choices, built, isinstance(plan, Plan))
+    adapter.install({layer.module: _placed(built[layer.name], layer) for layer in chosen})
+    return plan if isinstance(plan, Plan) else None
+
+
+def calibrated_layers(
+    model: nn.Module,
+    choices: Mapping[str, LayerChoice],
+    batches: Iterable[Batch],
+    generator: torch.Generator | None = None,
+) -> dict[str, nn.Module]:
+    """The mechanisms of some layers, built and calibrated, for ``convert_`` to take as they are, as often as needed.
+
+    Args:
+        model: left as it is.
+        choices: from layer name to name, (name, configuration) or mechanism.
+        batches: documents to calibrate on.
+        generator: of the random features; None is a fresh one seeded with 0.
+    """
+    layers = list(host(model).layers())
+    known = _choices(choices, layers, {}, False)
+    chosen = [layer for layer in layers if layer.name in known]
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    built = {layer.name: _built(known[layer.name], layer, generator) for layer in chosen}
+    taught = built | _taught(model, list(batches), chosen, known, built)
+    return {name: taught[name] for name in choices}
 
 
 def restore_(model: nn.Module) -> None:
@@ -82,8 +135,8 @@ def restore_(model: nn.Module) -> None:
 
 
 def _choices(
-    plan: Plan | str | Mapping[str, Choice], layers: list[AttentionLayer], options: Config, filtered: bool
-) -> dict[str, Choice]:
+    plan: Plan | str | Mapping[str, LayerChoice], layers: list[AttentionLayer], options: Config, filtered: bool
+) -> dict[str, LayerChoice]:
     """What each layer to convert becomes; layers that stay with the host are left out."""
     known = {layer.name: layer for layer in layers}
     if isinstance(plan, str):
@@ -125,7 +178,63 @@ def _check_plan(plan: Plan, known: Mapping[str, AttentionLayer], filtered: bool)
                 )
 
 
-def _built(choice: Choice, layer: AttentionLayer, generator: torch.Generator) -> nn.Module:
+def _decided(model: nn.Module, batches: list[Batch] | None, options: Config) -> Plan:
+    """The plan of "auto"."""
+    if batches is None:
+        raise OptionError("'auto' measures the model on its own data: pass batches=, tokenized documents")
+    known = ("tolerance", "length", "mechanisms")
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise OptionError(f"'auto' has no option {unknown[0]!r}; known are {', '.join(known)}")
+    found = audit(model, batches, options.get("mechanisms"))
+    return plan_of(found, options.get("tolerance", 0.1), options.get("length"))
+
+
+def _taught(
+    model: nn.Module,
+    batches: list[Batch],
+    layers: list[AttentionLayer],
+    choices: Mapping[str, LayerChoice],
+    built: Mapping[str, registry.Mechanism],
+) -> dict[str, nn.Module]:
+    """Those of the mechanisms that learn from data, calibrated; what was handed over ready stays as it is."""
+    pupils = [
+        layer
+        for layer in layers
+        if built[layer.name].learns_from_data and not isinstance(choices[layer.name], nn.Module)
+    ]
+    taught: dict[str, nn.Module] = {}
+    if pupils:
+        for layer, sample in sampled(model, batches, pupils):
+            try:
+                taught[layer.name] = learned(built[layer.name], sample)
+            except InputError as error:
+                raise InputError(f"layer {layer.name!r}: {error}") from error
+    missing = [layer.name for layer in pupils if layer.name not in taught]
+    if missing:
+        raise InputError(f"layer {missing[0]!r} was not called on any token of the batches; pass other documents")
+    return taught
+
+
+def _check_no_data_needed(
+    layers: list[AttentionLayer],
+    choices: Mapping[str, LayerChoice],
+    built: Mapping[str, registry.Mechanism],
+    planned: bool,
+) -> None:
+    for layer in layers:
+        choice, mechanism = choices[layer.name], built[layer.name]
+        if isinstance(choice, nn.Module) or not mechanism.learns_from_data:
+            continue
+        if planned or (isinstance(choice, tuple) and needs_data(choice[1])):
+            raise OptionError(
+                f"layer {layer.name!r} is to become a {mechanism.name} that was calibrated on the layer's own q, k and "
+                "v, and a configuration holds its shapes only: pass batches= with documents to calibrate it on (or "
+                "uncalibrated=True, if load_state_dict brings what it had learned)"
+            )
+
+
+def _built(choice: LayerChoice, layer: AttentionLayer, generator: torch.Generator) -> registry.Mechanism:
     if layer.refused is not None:
         raise CapabilityError(
             f"layer {layer.name!r} cannot be replaced faithfully: {layer.refused}; leave it out with filter_fn, "
@@ -149,6 +258,11 @@ def _built(choice: Choice, layer: AttentionLayer, generator: torch.Generator) ->
             f"layer {layer.name!r} is causal, and {mechanism.name} has no causal form; wanted one of "
             f"{[name for name in registry.names() if registry.row(name).causal]}"
         )
+    return mechanism
+
+
+def _placed(mechanism: nn.Module, layer: AttentionLayer) -> nn.Module:
+    """On the layer's device, in its dtype and mode."""
     reference = next((p for p in layer.module.parameters() if p.is_floating_point()), None)
     if reference is not None:
         mechanism.to(device=reference.device, dtype=reference.dtype)

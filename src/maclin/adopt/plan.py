@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from maclin.adopt.hosts.base import AttentionLayer
 from maclin.core import mechanisms as registry
 from maclin.core.errors import InputError, MaclinError, OptionError
 from maclin.records import Alternative, Audit, Config, LayerAudit, MechanismError, Plan, PlanRow, from_json, to_json
@@ -27,7 +28,8 @@ def plan(audit: Audit, tolerance: float = 0.1, length: int | None = None) -> Pla
     """Per layer the cheapest mechanism within the tolerance, exact attention where there is none.
 
     Candidates are the audited mechanisms that are not baselines and whose measured error on that layer is within
-    the tolerance; the one with the fewest multiply-adds at ``length`` tokens wins, if those are fewer than exact
+    the tolerance (and, with num_features="auto", within that of their own configuration); the one with the fewest
+    multiply-adds at ``length`` tokens wins, if those are fewer than exact
     attention's. Every row keeps all alternatives with what spoke for and against them.
 
     Args:
@@ -79,7 +81,7 @@ def best_linear(layer: LayerAudit) -> MechanismError | None:
     return min(measured, key=lambda e: e.rel_error or 0.0, default=None)
 
 
-def relative_cost(name: str, config: Config, layer: LayerAudit, length: int) -> float:
+def relative_cost(name: str, config: Config, layer: LayerAudit | AttentionLayer, length: int) -> float:
     """Multiply-adds of a mechanism over those of exact attention, both on ``length`` tokens of one layer.
 
     Args:
@@ -139,6 +141,7 @@ def _row(layer: LayerAudit, tolerance: float, length: int) -> PlanRow:
     if chosen is not None:
         name, config, error = chosen.mechanism, chosen.config, chosen.rel_error
         reason = f"cheapest within {tolerance:g}: {chosen.relative_cost:.2f} of exact attention's operations"
+        reason += "".join(f"; {e.mechanism}: {e.note}" for e in layer.errors if e.reached is False and e.note)
     else:
         name, config, error = EXACT, {}, 0.0
         reason = _why_exact(layer, alternatives, best, tolerance, length)
@@ -166,7 +169,13 @@ def _why_exact(
         return "stays exact: no mechanism of linear cost could be applied"
     if any(a.within_tolerance for a in alternatives if _convertible(a.mechanism)):
         return f"stays exact: what is within {tolerance:g} is not cheaper than exact attention at {length} tokens"
-    return f"stays exact: the best of linear cost, {best.mechanism}, is at {best.rel_error:.3g}, above {tolerance:g}"
+    if best.reached is False:
+        return f"stays exact: {best.mechanism} did not reach the tolerance of its own configuration: {best.note}"
+    unreached = [f"; {e.mechanism}: {e.note}" for e in layer.errors if e.reached is False and e.note]
+    return (
+        f"stays exact: the best of linear cost, {best.mechanism}, is at {best.rel_error:.3g}, above {tolerance:g}"
+        + "".join(unreached)
+    )
 
 
 def _alternative(error: MechanismError, layer: LayerAudit, tolerance: float, length: int) -> Alternative:
@@ -179,6 +188,8 @@ def _alternative(error: MechanismError, layer: LayerAudit, tolerance: float, len
         note = str(refused)
     if error.rel_error is None:
         note = error.reason or note
+    elif error.reached is False:
+        within, note = False, error.note
     elif registry.row(error.mechanism).baseline:
         note = "a baseline, there to compare with"
     elif cost is not None and cost >= 1.0:

@@ -18,7 +18,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 def oracle_check(
     subject: Callable[..., object], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> str | None:
-    """Compare a mechanism with the slow float64 oracle of its formula, on a short sequence.
+    """Compare a mechanism with the slow float64 oracle of its formula, on a short sequence, causal as well if it can.
 
     Args:
         subject: a mechanism; anything else, and a mechanism that has no oracle here, passes unasked.
@@ -27,7 +27,7 @@ def oracle_check(
 
     Returns:
         None, or in one sentence how far off the mechanism is: ||out - oracle|| / ||oracle|| beyond the tolerance
-        of the dtype (1e-4 in float32).
+        of the dtype (1e-4 in float32), the denominator's floor included.
     """
     if not isinstance(subject, Mechanism):
         return None
@@ -39,36 +39,42 @@ def oracle_check(
     q = torch.randn(1, subject.num_heads, length, subject.head_dim, generator=generator)
     k, v = torch.randn(2, 1, subject.num_kv_heads, length, subject.head_dim, generator=generator)
     q, k, v = (x.to(device, dtype) for x in (q, k, v))
-    with torch.no_grad():
-        wanted = oracle(subject, q, k, v)
-        got = subject(q, k, v).to(wanted)
-    error = ((got - wanted).norm() / wanted.norm()).item()
     allowed = _TOLERANCE[dtype]
-    if error <= allowed:  # NaN is not
-        return None
-    return f"{subject.name} is off its oracle by {error:.2g} at {length} tokens; allowed is {allowed:g}"
+    for is_causal in (*([False] if subject.bidirectional else []), *([True] if subject.causal else [])):
+        with torch.no_grad():
+            wanted = oracle(subject, q, k, v, is_causal)
+            got = subject(q, k, v, is_causal=is_causal).to(wanted)
+        error = ((got - wanted).norm() / wanted.norm()).item()
+        if not error <= allowed:  # NaN is not
+            causal = "causal " if is_causal else ""
+            return f"{subject.name} is off its {causal}oracle by {error:.2g} at {length} tokens; allowed is {allowed:g}"
+    return None
 
 
-def _softmax(mech: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return reference.softmax_attention(q, k, v)
+def _softmax(mech: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    return reference.softmax_attention(q, k, v, is_causal=is_causal)
 
 
-def _efficient(mech: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return reference.efficient_attention(q, k, v, normalisation=mech.normalisation)
+def _efficient(mech: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    return reference.efficient_attention(q, k, v, normalisation=mech.normalisation, is_causal=is_causal)
 
 
-def _mean(mech: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return reference.softmax_attention(torch.zeros_like(q), k, v)
+def _mean(mech: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    return reference.softmax_attention(torch.zeros_like(q), k, v, is_causal=is_causal)
 
 
-def _features(mech: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _features(mech: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     """Features are the mechanism's own; what is checked is what it does with them."""
-    out = reference.feature_attention(mech.query_map(q), mech.feature_map(k), v)
-    post = getattr(mech, "post", None)
-    return out if post is None else post(out)
+    features = mech.features(mech._scale(None))
+    phi_q, phi_k = mech.query_map(q), mech.feature_map(k)
+    if features.log_gate is not None:
+        out = reference.gated_attention(*(x.cpu() for x in (phi_q, phi_k, v, features.log_gate(k).exp()))).to(v.device)
+    else:
+        out = reference.feature_attention(phi_q, phi_k, v, is_causal=is_causal, floor=features.floor)
+    return out if features.post is None else features.post(out)
 
 
-_ORACLES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+_ORACLES: dict[str, Callable[[Any, Tensor, Tensor, Tensor, bool], Tensor]] = {
     "softmax": _softmax,
     "efficient": _efficient,
     "mean": _mean,

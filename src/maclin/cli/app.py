@@ -11,11 +11,11 @@ import typer
 import maclin
 
 from . import console
+from .diagnose import diagnose
 from .mechanisms import mechanisms
 from .poc import poc
 from .roi import roi
-
-_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+from .study import app as study
 
 app = typer.Typer(
     name="maclin",
@@ -26,8 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(poc)
+app.command()(diagnose)
 app.command()(roi)
 app.command()(mechanisms)
+app.add_typer(study)
 
 
 def _version(wanted: bool) -> None:
@@ -55,12 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     try:
         status = app(_repeat_data([a for a in given if a != "--debug"]) or ["--help"], standalone_mode=False)
-        if status == _INTERRUPTED:  # typer makes this of Ctrl-C
+        if status == console.INTERRUPTED:  # typer makes this of Ctrl-C
             raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
     except (KeyboardInterrupt, typer.Abort):
         console.error("interrupted; nothing was written")
-        sys.exit(_INTERRUPTED)
+        sys.exit(console.INTERRUPTED)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:

@@ -19,6 +19,9 @@ from ..core.errors import MaclinError, OptionError
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+INTERRUPTED = 130
+"""Exit status that shells report of a program that Ctrl-C ended."""
+
 
 def error(sentence: str) -> None:
     """One sentence on stderr."""

@@ -84,7 +84,15 @@ def _linear_chunk(
     within = per_key_head(similarity, v)
     if features.normaliser == "count":
         return Reading(before.numerator + within, before.denominator, before.magnitude)
-    return combine(before, Reading(within, similarity.sum(-1), similarity.abs().sum(-1)))
+    constant = None
+    if features.floor:
+        of_query, of_key = phi_q[..., -1], phi_k[..., -1]
+        heads = phi_q.shape[1]
+        constant = (
+            of_query[..., None] * grouped((of_key[..., None] * v).cumsum(-2), heads),
+            of_query * grouped(of_key.cumsum(-1), heads),
+        )
+    return combine(before, Reading(within, similarity.sum(-1), similarity.abs().sum(-1), None, constant))
 
 
 def _log_chunk(

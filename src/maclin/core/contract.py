@@ -14,6 +14,12 @@ than 8 units of rounding of the largest value it could have had, |phi(q)| |z| (C
 it is right. Such a denominator is replaced by that threshold with its own sign (plus at zero). Negative
 denominators are legitimate for unbiased random features and are kept. Both are counted where somebody asks
 (``maclin.guarded``). A row that attends to no key is exactly 0.
+
+A truncated series can also give a row a denominator that is wrong in size. Where the last feature is a constant and
+the keys are centred, the true denominator is at least what that feature alone gives it (Jensen's inequality, f being
+convex). ``Features.floor`` is the share of it that must be there; in a row with less, everything beyond the constant
+feature is shrunk by one factor s until it is: out = (n0 + s (n - n0)) / (d0 + s (d - d0)). So a row can lose its
+contrast, but never its sign; such rows count as guarded.
 """
 
 from __future__ import annotations
@@ -49,6 +55,7 @@ class Features:
             its g, the key's own features by 1 - g (causal only).
         num_projections: inner products with a vector of width D that making the features of a token takes.
         post: block of out (B, H, n, Dv) -> the same shape, applied last.
+        floor: least denominator, in shares of what the last feature gives it; 0 for none. Outside the log domain.
     """
 
     query: Callable[[Tensor], Tensor]
@@ -59,6 +66,7 @@ class Features:
     log_gate: Callable[[Tensor], Tensor] | None = None
     num_projections: int = 0
     post: Callable[[Tensor], Tensor] | None = None
+    floor: float = 0.0
 
 
 class Sums(NamedTuple):
@@ -78,13 +86,15 @@ class Reading(NamedTuple):
     """What a block of queries reads: all three divided by exp(log_scale), a scale per row.
 
     numerator (B, H, n, Dv), denominator (B, H, n), magnitude (B, H, n): the bound of |denominator| that the
-    denominator policy compares with; log_scale (B, H, n), or None for 0.
+    denominator policy compares with; log_scale (B, H, n), or None for 0; constant is what the last feature alone gives
+    numerator and denominator, where there is a floor.
     """
 
     numerator: Tensor
     denominator: Tensor
     magnitude: Tensor
     log_scale: Tensor | None = None
+    constant: tuple[Tensor, Tensor] | None = None
 
 
 def empty_sums(k: Tensor, v: Tensor, features: Features) -> Sums:
@@ -157,7 +167,11 @@ def combine(*parts: Reading) -> Reading:
     """Readings of disjoint sets of keys under one normaliser."""
     if all(part.log_scale is None for part in parts):
         numerators, denominators, magnitudes = zip(*(part[:3] for part in parts), strict=True)
-        return Reading(_total(numerators), _total(denominators), _total(magnitudes))
+        constant = None
+        if any(part.constant is not None for part in parts):
+            of_parts = [_constant_of(part) for part in parts]
+            constant = (_total(n for n, _ in of_parts), _total(d for _, d in of_parts))
+        return Reading(_total(numerators), _total(denominators), _total(magnitudes), None, constant)
     scales: list[Tensor] = []
     for part in parts:
         scale = torch.zeros_like(part.denominator) if part.log_scale is None else part.log_scale
@@ -168,30 +182,58 @@ def combine(*parts: Reading) -> Reading:
         top = torch.maximum(top, scale)
     weights = [exp_difference(scale, top) for scale in scales]
     pairs = list(zip(parts, weights, strict=True))
+    constant = None
+    if any(part.constant is not None for part in parts):
+        constant = (
+            _total(_constant_of(part)[0] * weight[..., None] for part, weight in pairs),
+            _total(_constant_of(part)[1] * weight for part, weight in pairs),
+        )
     return Reading(
         _total(part.numerator * weight[..., None] for part, weight in pairs),
         _total(part.denominator * weight for part, weight in pairs),
         _total(part.magnitude * weight for part, weight in pairs),
         finite(top),
+        constant,
     )
 
 
-def finish(reading: Reading, out: Tensor | None = None) -> Tensor:
+def _constant_of(part: Reading) -> tuple[Tensor, Tensor]:
+    """What the floor keeps of a reading: all of it where there is no series, since there is nothing to shrink."""
+    return part.constant or (part.numerator, part.denominator)
+
+
+def finish(reading: Reading, out: Tensor | None = None, floor: float = 0.0) -> Tensor:
     """numerator / denominator under the denominator policy, in float32 or 64; rows that attend to nothing give 0.
 
     ``out`` (B, H, n, Dv), if given, is written to and returned; without gradients only.
     """
+    reading, shrunk = _shrunk(reading, floor)
     denominator, magnitude = reading.denominator, reading.magnitude
     limits = torch.finfo(denominator.dtype)
-    floor = (magnitude * (8 * limits.eps)).clamp_min(limits.tiny)
-    small = denominator.abs() < floor
+    least = (magnitude * (8 * limits.eps)).clamp_min(limits.tiny)
+    small = denominator.abs() < least
     negative = denominator < 0
     empty = (magnitude == 0) & (denominator == 0)
     if statistics.asked():
-        statistics.count(empty, negative, small)
-    safe = torch.where(small, torch.where(negative, -floor, floor), denominator)
+        statistics.count(empty, negative, small if shrunk is None else small | shrunk)
+    safe = torch.where(small, torch.where(negative, -least, least), denominator)
     safe = torch.where(empty, torch.ones_like(safe), safe)
     return torch.div(reading.numerator, safe[..., None], out=out)
+
+
+def _shrunk(reading: Reading, floor: float) -> tuple[Reading, Tensor | None]:
+    """The reading with its floor kept, and in which rows that took something; see the denominator policy."""
+    if reading.constant is None:
+        return reading, None
+    numerator, denominator = reading.constant
+    least = floor * denominator
+    short = reading.denominator < least
+    missing = torch.where(short, denominator - reading.denominator, torch.ones_like(denominator))
+    share = torch.where(short, (denominator - least) / missing, torch.ones_like(denominator))
+    return reading._replace(
+        numerator=torch.lerp(numerator, reading.numerator, share[..., None]),
+        denominator=torch.where(short, least, reading.denominator),
+    ), short
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor | None) -> Tensor:
@@ -221,7 +263,14 @@ def linear_reading(phi: Tensor, kv: Tensor, z: Tensor, count: Tensor, features: 
     denominator = (grouped(z, heads)[..., None, :] @ phi.mT)[..., 0, :]
     # not vector_norm, which is many times slower where the tokens stand together in memory
     magnitude = (phi * phi).sum(-1).sqrt() * grouped(torch.linalg.vector_norm(z, dim=-1), heads)[..., None]
-    return Reading(numerator, denominator, magnitude)
+    constant = None
+    if features.floor:
+        of_query = phi[..., -1]
+        constant = (
+            of_query[..., None] * grouped(kv[..., -1:, :], heads),
+            of_query * grouped(z[..., -1:], heads),
+        )
+    return Reading(numerator, denominator, magnitude, None, constant)
 
 
 def absorb(sums: Sums, phi: Tensor, v: Tensor, mask: Tensor | None, log_gate: Tensor | None) -> Sums:
@@ -274,7 +323,7 @@ def put(out: OutBlocks, reading: Reading, features: Features) -> None:
     numerator = reading.numerator
     place = out.place(numerator.shape[-2], numerator.dtype) if features.post is None else None
     if place is not None:
-        finish(reading, out=place)
+        finish(reading, place, features.floor)
     else:
-        block = finish(reading)
+        block = finish(reading, None, features.floor)
         out.add(block if features.post is None else features.post(block))

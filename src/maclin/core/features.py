@@ -17,7 +17,7 @@ from torch import Tensor
 from .algebra import per_key_head
 from .kernels import Kernel
 
-_PUBLISHED_MAX_DEGREE = 20
+PUBLISHED_MAX_DEGREE = 20
 
 
 def taylor_features(x: Tensor, kernel: Kernel) -> Tensor:
@@ -130,7 +130,7 @@ class DegreeLaw:
 
 
 def _draw_published(num_features: int, generator: torch.Generator | None) -> list[int]:
-    probabilities = torch.tensor([2.0**-n for n in range(1, _PUBLISHED_MAX_DEGREE + 1)], dtype=torch.float64)
+    probabilities = torch.tensor([2.0**-n for n in range(1, PUBLISHED_MAX_DEGREE + 1)], dtype=torch.float64)
     drawn = torch.multinomial(probabilities, num_features - 1, replacement=True, generator=generator)
     return [0, *(int(n) + 1 for n in drawn)]
 
@@ -142,7 +142,7 @@ def _draw_kar_karnick(num_features: int, generator: torch.Generator | None) -> l
 
 
 def _expected_published(n: int, num_features: int) -> float:
-    return 1.0 if n == 0 else 2.0**-n / (1.0 - 2.0**-_PUBLISHED_MAX_DEGREE) * (num_features - 1)
+    return 1.0 if n == 0 else 2.0**-n / (1.0 - 2.0**-PUBLISHED_MAX_DEGREE) * (num_features - 1)
 
 
 DEGREE_LAWS: dict[str, DegreeLaw] = {

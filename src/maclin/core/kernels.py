@@ -18,6 +18,7 @@ from .errors import OptionError
 
 _CHECKED_DEGREES = 64  # random degrees beyond this have probability below 2^-64
 _MAX_DEGREES = 10_000  # of a series that is summed
+_SHIFT_DEGREES = 40  # of a series that is compared with that of exp
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ class Kernel:
             raise OptionError(f"kernel {self.name!r}: all coefficients are zero; wanted at least one a_n > 0")
         if not self.radius > 0:
             raise OptionError(f"kernel {self.name!r}: radius {self.radius} is not positive; wanted the bound of |t|")
+
+    @property
+    def is_exponential(self) -> bool:
+        """Whether f(s + t) is f(s) f(t), as for exp and trigh: then a shift of q or k is a factor of f."""
+        return all(
+            math.isclose(self.coefficient(n) * math.factorial(n), 1.0, rel_tol=1e-9) for n in range(_SHIFT_DEGREES)
+        )
 
     def __call__(self, t: Tensor) -> Tensor:
         """f(t), elementwise; the series is summed until its terms vanish where there is no closed form.

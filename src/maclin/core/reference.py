@@ -56,10 +56,23 @@ def feature_attention(
     *,
     key_mask: Tensor | None = None,
     is_causal: bool = False,
+    floor: float = 0.0,
 ) -> Tensor:
-    """Weights proportional to phi_q phi_k^T, for given features (B, H, N, M) and (B, Hk, S, M)."""
+    """Weights proportional to phi_q phi_k^T, for given features (B, H, N, M) and (B, Hk, S, M).
+
+    With a floor the weights beyond those of the last feature are shrunk, row by row, until the sum of all weights is
+    at least that share of the sum of those.
+    """
     phi_q, phi_k, v = _expand(phi_q, phi_k, v)
-    return weighted_values(phi_q @ phi_k.mT, v, allowed_pairs(phi_q, phi_k, key_mask, is_causal))
+    allowed = allowed_pairs(phi_q, phi_k, key_mask, is_causal)
+    similarity = phi_q @ phi_k.mT
+    if floor:
+        constant = (phi_q[..., -1:] @ phi_k[..., -1:].mT).masked_fill(~allowed, 0.0)
+        beyond = similarity.masked_fill(~allowed, 0.0) - constant
+        sums = constant.sum(-1, keepdim=True), beyond.sum(-1, keepdim=True)
+        share = torch.where(sums[0] + sums[1] < floor * sums[0], (floor - 1.0) * sums[0] / sums[1], 1.0)
+        similarity = constant + share * beyond
+    return weighted_values(similarity, v, allowed)
 
 
 def efficient_attention(

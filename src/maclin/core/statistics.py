@@ -21,12 +21,16 @@ class GuardCounts:
     Attributes:
         rows: output rows (batch x heads x queries) that attend to at least one key.
         negative: rows whose denominator was negative, so that some weights have the wrong sign.
-        guarded: rows whose denominator was too small to divide by and was replaced.
+        guarded: rows whose denominator was too small to divide by, or below the floor of its features, and was
+            replaced.
+        clamped: keys (batch x key heads x keys) whose weight was cut, because its logarithm was beyond what float32
+            can sum.
     """
 
     rows: int = 0
     negative: int = 0
     guarded: int = 0
+    clamped: int = 0
 
 
 _active: list[GuardCounts] = []
@@ -62,3 +66,10 @@ def count(empty: Tensor, negative: Tensor, small: Tensor) -> None:
         counts.rows += int(totals[0])
         counts.negative += int(totals[1])
         counts.guarded += int(totals[2])
+
+
+def count_clamped(keys: Tensor) -> None:
+    """Add the keys that are marked to every open count."""
+    number = int(keys.sum())
+    for counts in _active:
+        counts.clamped += number

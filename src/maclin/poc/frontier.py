@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maclin.progress import Progress
 
@@ -48,6 +48,7 @@ def check_host(loaded: Loaded, texts: Sequence[str], original: Tensor, max_lengt
 def measure_frontier(
     loaded: Loaded,
     steps: Sequence[Step],
+    ready: Mapping[str, nn.Module],
     texts: Sequence[str],
     original: Tensor,
     *,
@@ -64,6 +65,7 @@ def measure_frontier(
     Args:
         loaded: the model, unconverted; it is left so, also on an error.
         steps: layers with their mechanisms, least harmful first.
+        ready: the mechanism of each of these layers, calibrated where it learns from data.
         texts: held-out documents.
         original: their embeddings by the untouched model.
         length: tokens at which latency and memory are measured.
@@ -75,25 +77,26 @@ def measure_frontier(
     fidelity, memory = [], []
     try:
         for number in range(len(steps) + 1):
-            switch_(loaded, steps[:number])
+            switch_(loaded, steps[:number], ready)
             embeddings = original if number == 0 else loaded.encode(texts, max_length=length)
             fidelity.append(embedding_fidelity(original, embeddings))
             memory.append(peak_bytes(lambda: loaded.embed(batch), device))
             progress.advance(f"{number} linear: cosine {fidelity[-1].cosine_mean:.3f}")
         stats = interleaved(
             {str(number): lambda: loaded.embed(batch) for number in range(len(steps) + 1)},
-            before={str(number): _switch(loaded, steps[:number]) for number in range(len(steps) + 1)},
+            before={str(number): _switch(loaded, steps[:number], ready) for number in range(len(steps) + 1)},
             max_seconds=seconds_per_point * (len(steps) + 1),
             device=device,
         )
         progress.advance("latencies")
     finally:
-        switch_(loaded, ())
+        switch_(loaded, (), ready)
     return tuple(
         FrontierPoint(
             num_linear=number,
             linear_layers=tuple(step.layer for step in steps[:number]),
             mechanisms=tuple(step.mechanism for step in steps[:number]),
+            configs=tuple(step.config for step in steps[:number]),
             cosine_mean=fidelity[number].cosine_mean,
             cosine_p05=fidelity[number].cosine_p05,
             neighbour_agreement=fidelity[number].neighbour_agreement,
@@ -105,10 +108,10 @@ def measure_frontier(
     )
 
 
-def switch_(loaded: Loaded, steps: Sequence[Step]) -> None:
-    """Convert exactly these layers; with none, restore."""
+def switch_(loaded: Loaded, steps: Sequence[Step], ready: Mapping[str, nn.Module]) -> None:
+    """Convert exactly these layers, to their ready mechanisms; with none, restore."""
     if steps:
-        convert_(loaded.model, {step.layer: (step.mechanism, step.config) for step in steps})
+        convert_(loaded.model, {step.layer: ready[step.layer] for step in steps})
     elif loaded.converted:
         restore_(loaded.model)
 
@@ -123,5 +126,5 @@ def document_of(loaded: Loaded, texts: Sequence[str], length: int) -> Mapping[st
         text = f"{text}\n\n{text}"
 
 
-def _switch(loaded: Loaded, steps: Sequence[Step]) -> Callable[[], None]:
-    return lambda: switch_(loaded, steps)
+def _switch(loaded: Loaded, steps: Sequence[Step], ready: Mapping[str, nn.Module]) -> Callable[[], None]:
+    return lambda: switch_(loaded, steps, ready)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from maclin.progress import Progress, Silent, Steps
 
@@ -15,6 +16,7 @@ from ..adopt import (
     Loaded,
     Step,
     audit,
+    calibrated_layers,
     default_config,
     frontier_order,
     load,
@@ -91,8 +93,13 @@ def run(job: ProofOfConcept, progress: Progress | None = None) -> Report:
         calibration, held_out = documents.spread(job.max_documents).split()
         data = _data_info(loaded, documents, calibration, held_out)
     batches = loaded.tokenize(calibration.texts, batch_size=4)
-    with steps.step("audit every mechanism on every layer", len(batches)) as said:
-        found = audit(loaded.model, batches, progress=lambda done: said.advance(f"{done} of {len(batches)} batches"))
+    with steps.step("audit every mechanism on every layer", info.num_layers + len(batches)) as said:
+        found = audit(
+            loaded.model,
+            batches,
+            progress=lambda done: said.advance(f"{done} of {len(batches)} batches"),
+            calibrating=lambda layer: said.advance(f"{layer} calibrated"),
+        )
     chosen = plan(found, job.tolerance)
     order = frontier_order(found)
     if not order:
@@ -102,11 +109,14 @@ def run(job: ProofOfConcept, progress: Progress | None = None) -> Report:
         original = loaded.encode(held_out.texts)
         check = check_host(loaded, held_out.texts, original, loaded.max_length)
         said.advance(f"largest difference {check.softmax_max_abs_error:.1e}")
+    with steps.step("calibrate what each layer becomes", None):
+        ready = calibrated_layers(loaded.model, {step.layer: (step.mechanism, step.config) for step in order}, batches)
     longest = _longest(loaded, max(data.document_tokens))
     with steps.step("convert layer by layer", len(order) + 2) as said:
         frontier = measure_frontier(
             loaded,
             order,
+            ready,
             held_out.texts,
             original,
             length=longest,
@@ -117,7 +127,7 @@ def run(job: ProofOfConcept, progress: Progress | None = None) -> Report:
     with steps.step("measure the attention alone", None) as said:
         attention = _attention_timings(found, sorted(set(job.lengths)), device, job.seconds_per_point, said)
     with steps.step("measure the whole model", None) as said:
-        model_timings = _model_timings(loaded, order, frontier, held_out.texts, job, device, said)
+        model_timings = _model_timings(loaded, order, ready, frontier, held_out.texts, job, device, said)
     timings = (*attention, *model_timings)
     even = (*break_even(timings, "attention"), *break_even(timings, "model"))
     verdict = decide(frontier, timings, even, chosen, info)
@@ -180,16 +190,21 @@ def _longest(loaded: Loaded, tokens: int) -> int:
 def _attention_timings(
     found: Audit, lengths: Iterable[int], device: str, seconds_per_point: float, said: Progress
 ) -> list[Timing]:
-    """Every mechanism over the lengths, in the sizes of the model's first convertible layer."""
+    """Every mechanism over the lengths, in the sizes of the model's first convertible layer.
+
+    In the configuration that was the most accurate there, whose shapes say what it costs.
+    """
     layer = next(row for row in found.layers if row.refused is None)
     built = {}
     for name in registry.names():
+        tried = [e for e in layer.errors if e.mechanism == name and e.rel_error is not None]
+        best = min(tried, key=lambda error: error.rel_error or 0.0, default=None)
         mech = registry.mechanism(
             name,
             head_dim=layer.head_dim,
             num_heads=layer.num_heads,
             num_kv_heads=layer.num_kv_heads,
-            **default_config(name, layer.head_dim),
+            **(default_config(name, layer.head_dim) if best is None else best.config),
         )
         built[name] = mech.to(device).eval()
     return sweep_attention(
@@ -210,6 +225,7 @@ def _attention_timings(
 def _model_timings(
     loaded: Loaded,
     order: Sequence[Step],
+    ready: Mapping[str, nn.Module],
     frontier: Sequence[FrontierPoint],
     texts: Sequence[str],
     job: ProofOfConcept,
@@ -229,14 +245,17 @@ def _model_timings(
             lengths,
             lambda length: (document_of(loaded, texts, length),),
             scope="model",
-            before={"original": lambda: switch_(loaded, ()), "converted": lambda: switch_(loaded, chosen)},
+            before={
+                "original": lambda: switch_(loaded, (), ready),
+                "converted": lambda: switch_(loaded, chosen, ready),
+            },
             device=device,
             seconds_per_point=job.seconds_per_point,
             max_seconds_per_run=240 * job.seconds_per_point,
             progress=said.advance,
         )
     finally:
-        switch_(loaded, ())
+        switch_(loaded, (), ready)
     return [replace(row, num_linear=point.num_linear) if row.subject == "converted" else row for row in rows]
 
 

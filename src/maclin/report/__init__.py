@@ -1,6 +1,6 @@
 """Report: records -> HTML, Markdown, JSON; the verdict, the rollout, and the return on investment.
 
-What a proof of concept measured comes in as records and leaves as something to sign, or not to sign. Nothing
+What a proof of concept or a study measured comes in as records and leaves as something to sign, or not to sign. Nothing
 here measures, and nothing here needs torch. The schema, the rule and the formulas are in ``docs/report.md``.
 """
 
@@ -12,18 +12,35 @@ from .lengths import read_lengths
 from .markdown import render_markdown
 from .roi import roi, roi_columns, roi_dict, roi_markdown, roi_rows
 from .rollout import rollout_stages
+from .study import (
+    JOURNAL_NAME,
+    STUDY_NAMES,
+    check_study_dir,
+    journal_study,
+    load_study,
+    render_study_html,
+    render_study_markdown,
+    write_study,
+)
 from .verdict import RULE, decide, point_to_time
 
 __all__ = [
+    "JOURNAL_NAME",
     "NAMES",
     "RULE",
+    "STUDY_NAMES",
     "check_out_dir",
+    "check_study_dir",
     "decide",
+    "journal_study",
     "load_report",
+    "load_study",
     "point_to_time",
     "read_lengths",
     "render_html",
     "render_markdown",
+    "render_study_html",
+    "render_study_markdown",
     "roi",
     "roi_columns",
     "roi_dict",
@@ -31,4 +48,5 @@ __all__ = [
     "roi_rows",
     "rollout_stages",
     "write_report",
+    "write_study",
 ]

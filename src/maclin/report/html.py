@@ -18,7 +18,7 @@ def render_html(report: Report) -> str:
     Args:
         report: what was found. All of its text is escaped.
     """
-    template = _environment().get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     return template.render(
         report=report,
         verdict=report.verdict,
@@ -28,12 +28,13 @@ def render_html(report: Report) -> str:
         warnings=warnings(report),
         charts=charts(report),
         glossary=GLOSSARY,
-        plotly=_plotly_js(),
+        plotly=plotly_js(),
     )
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of the pages, in which every text is escaped."""
     return Environment(
         loader=PackageLoader("maclin.report"),
         autoescape=True,
@@ -44,7 +45,8 @@ def _environment() -> Environment:
 
 
 @cache
-def _plotly_js() -> Markup:
+def plotly_js() -> Markup:
+    """The script that draws the charts, to be put into a page."""
     from plotly.offline import get_plotlyjs  # read only where a page is made
 
     return Markup(get_plotlyjs())

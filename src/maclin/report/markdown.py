@@ -14,25 +14,26 @@ def render_markdown(report: Report) -> str:
         report: what was found.
     """
     verdict = report.verdict
-    lines = [f"# Linear attention for {_text(report.model.name)}", ""]
+    lines = [f"# Linear attention for {plain(report.model.name)}", ""]
     lines += [f"**{DECISIONS.get(verdict.decision, verdict.decision)}** (`{verdict.decision}`)", ""]
-    lines += [_text(verdict.reason), ""]
-    lines += [f"- {item.label}: **{item.value}** ({_text(item.note)})" for item in headlines(report)]
+    lines += [plain(verdict.reason), ""]
+    lines += [f"- {item.label}: **{item.value}** ({plain(item.note)})" for item in headlines(report)]
     if warnings(report):
-        lines += ["", "Read with care:", "", *(f"- {_text(text)}" for text in warnings(report))]
+        lines += ["", "Read with care:", "", *(f"- {plain(text)}" for text in warnings(report))]
     for section in sections(report):
-        lines += ["", f"## {section.title}", "", _text(section.lead)]
+        lines += ["", f"## {section.title}", "", plain(section.lead)]
         if section.command:
             lines += ["", f"    {section.command}"]
         for table in section.tables:
-            lines += ["", f"### {_text(table.title)}", "", *_table(table)]
+            lines += ["", f"### {plain(table.title)}", "", *table_lines(table)]
         if section.items:
-            lines += ["", *(f"- {_text(item)}" for item in section.items)]
+            lines += ["", *(f"- {plain(item)}" for item in section.items)]
     lines += ["", "## Glossary", "", *(f"- **{term}**: {meaning}" for term, meaning in GLOSSARY)]
     return "\n".join(lines) + "\n"
 
 
-def _table(table: Table) -> list[str]:
+def table_lines(table: Table) -> list[str]:
+    """The lines of a table and of its notes."""
     if not table.rows:
         return ["Nothing to show."]
     rows = [[_cell(cell) for cell in row] for row in (table.columns, *table.rows)]
@@ -46,15 +47,15 @@ def _table(table: Table) -> list[str]:
         return f"| {' | '.join(cells)} |"
 
     rule = ["-" * w if i < table.num_text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    notes = ["", *(f"{_text(note)}  " for note in table.notes)] if table.notes else []
+    notes = ["", *(f"{plain(note)}  " for note in table.notes)] if table.notes else []
     return [line(rows[0]), f"| {' | '.join(rule)} |", *map(line, rows[1:]), *notes]
 
 
-def _text(text: str) -> str:
+def plain(text: str) -> str:
     """One line in which no character starts HTML, emphasis or a list by accident."""
     flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return flat.replace("*", "\\*").replace("`", "\\`")
 
 
 def _cell(text: str) -> str:
-    return _text(text).replace("|", "\\|")
+    return plain(text).replace("|", "\\|")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..records import Report, RoiResult
+from ..records import Environment, Report, RoiResult
 from . import words
 from .roi import roi, roi_columns, roi_rows
 from .tables import (
@@ -131,6 +131,14 @@ def _pays(report: Report) -> Headline:
     return Headline("Pays from", value, f"{words.percent(long)} of the documents here are that long")
 
 
+def _calibrated(report: Report) -> str:
+    """What mechanisms that learn from data have seen; nothing where there were none."""
+    number = report.audit.num_calibration_documents
+    if not number:
+        return ""
+    return f"Those that learn from data were calibrated on {words.plural(number, 'other document')}. "
+
+
 def sections(report: Report) -> tuple[Section, ...]:
     """Everything below the verdict, in reading order."""
     return (
@@ -174,8 +182,9 @@ def sections(report: Report) -> tuple[Section, ...]:
             "audit",
             "How wrong each mechanism is",
             f"Relative error of the attention output against exact attention, on {report.audit.num_documents} "
-            f"documents of up to {words.count(report.audit.length)} tokens, without any training. The first column is "
-            f"the baseline: a mechanism that is no better than uniform is of no use on that layer.",
+            f"documents of up to {words.count(report.audit.length)} tokens, without any training. "
+            f"{_calibrated(report)}The first column is the baseline: a mechanism that is no better than uniform is of "
+            "no use on that layer.",
             (
                 Chart(
                     "audit",
@@ -243,13 +252,9 @@ def _roi_section(report: Report) -> Section:
 
 
 def _method_section(report: Report) -> Section:
-    e, m, d = report.environment, report.model, report.data
+    m, d = report.model, report.data
     rows = [
-        ("Date (UTC)", e.date_utc),
-        ("Versions", f"maclin {e.maclin_version}, Python {e.python_version}, torch {e.torch_version}, "
-                     f"transformers {e.transformers_version or 'not installed'}"),
-        ("Machine", f"{e.processor}, {e.platform}"),
-        ("Device", f"{e.device}, {words.plural(e.num_threads, 'thread')}, {e.dtype}"),
+        *environment_rows(report.environment),
         ("Model", f"{m.name} ({m.architecture}, through {m.host})"),
         ("Size", f"{m.num_layers} layers, {m.num_heads} heads ({m.num_kv_heads} of keys) of {m.head_dim}, width "
                  f"{m.embed_dim}, {words.count(m.num_parameters)} parameters"),
@@ -271,6 +276,17 @@ def _method_section(report: Report) -> Section:
         (Table("Conditions", ("What", "Value"), tuple(rows), (), 2),),
         (f"Rule of the verdict: {report.verdict.rule or RULE}",),
     )
+
+
+def environment_rows(e: Environment) -> tuple[tuple[str, str], ...]:
+    """Where and with what something was measured, as rows of two cells."""
+    return (
+        ("Date (UTC)", e.date_utc),
+        ("Versions", f"maclin {e.maclin_version}, Python {e.python_version}, torch {e.torch_version}, "
+                     f"transformers {e.transformers_version or 'not installed'}"),
+        ("Machine", f"{e.processor}, {e.platform}"),
+        ("Device", f"{e.device}, {words.plural(e.num_threads, 'thread')}, {e.dtype}"),
+    )  # fmt: skip
 
 
 def _some(table: Table | None) -> tuple[Table, ...]:

@@ -33,7 +33,10 @@ def frontier_table(report: Report) -> Table:
         ratio = NONE
         if base is not None and base.latency_ms and point.latency_ms and base.length == point.length:
             ratio = words.figure(point.latency_ms / base.latency_ms, 2)
-        added = f"{point.linear_layers[-1]} ({point.mechanisms[-1]})" if point.linear_layers else "none: the original"
+        added = "none: the original"
+        if point.linear_layers:
+            config = _config(point.configs[-1]) if point.configs else ""
+            added = f"{point.linear_layers[-1]}: {point.mechanisms[-1]}{config}"
         recommended = " (recommended)" if point.num_linear == report.verdict.recommended_num_linear >= 1 else ""
         rows.append(
             (
@@ -261,8 +264,11 @@ def mechanism_labels(audit: Audit) -> dict[str, str]:
 
 
 def label(error: MechanismError) -> str:
-    """A mechanism with its configuration: ``linformer (proj_len=64)``."""
-    return f"{error.mechanism}{_config(error.config)}"
+    """A mechanism with the configuration that was asked for, which is the same on every layer.
+
+    ``linformer (proj_len=64)``.
+    """
+    return f"{error.mechanism}{_config(error.config if error.asked is None else error.asked)}"
 
 
 def errors_by_key(layer: LayerAudit, names: dict[str, str]) -> dict[str, MechanismError]:
@@ -275,10 +281,14 @@ def _key(error: MechanismError, names: dict[str, str]) -> str:
 
 
 def _config(config: dict[str, object]) -> str:
-    if not config:
-        return ""
-    shown = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in config.items()]
-    return f" ({', '.join(shown)})"
+    """Options in brackets; features per degree as ``counts=1+32+66``, which also says how many there are."""
+    shown = []
+    for name, value in config.items():
+        if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+            shown.append(f"{name}={'+'.join(map(str, value))}")
+        elif not (name == "num_features" and config.get("counts") is not None):
+            shown.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def _timing_cell(row: Timing, baseline: Timing | None, quantity: str) -> str:

@@ -98,6 +98,11 @@ def row(name: str) -> Row:
     Raises:
         OptionError: the name is unknown; the message lists the known ones.
     """
+    if name == "auto":
+        raise OptionError(
+            "'auto' is no mechanism: what is best depends on the data; for tensors take maclin.choose(q, k, v), for a "
+            "model maclin.convert_(model, 'auto', batches=...)"
+        )
     if name not in _ROWS:
         raise OptionError(f"unknown mechanism {name!r}; known are {', '.join(_ROWS)}")
     return _ROWS[name]

@@ -136,7 +136,21 @@ class Mechanism(WideBuffers, ABC):
     def cost(self, num_queries: int, num_keys: int, value_dim: int) -> int:
         """Multiply-adds per head of one bidirectional call."""
 
-    def calibrated(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Mechanism:
+    @property
+    def learns_from_data(self) -> bool:
+        """Whether ``maclin.calibrate`` sets something, so that without data this is not what it could be."""
+        return False
+
+    def calibrated(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None = None,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Mechanism:
         """A copy with whatever it learns from data set from q, k and v; here nothing."""
         return copy.deepcopy(self)
 
@@ -181,6 +195,11 @@ class Mechanism(WideBuffers, ABC):
                 f"{key_mask.device}; wanted ({k.shape[0]}, {k.shape[2]}) bool with True = attend on {k.device}"
             )
 
+    def check_scale(self, scale: float | None) -> None:
+        """Refuse a scale that is neither None nor positive; raises InputError."""
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise InputError(f"{self.name}: scale is {scale}; wanted a positive finite number, or None")
+
     def _check_call(
         self,
         q: Tensor,
@@ -189,8 +208,7 @@ class Mechanism(WideBuffers, ABC):
         scale: float | None,
         wants_state: bool,
     ) -> None:
-        if scale is not None and not (math.isfinite(scale) and scale > 0):
-            raise InputError(f"{self.name}: scale is {scale}; wanted a positive finite number, or None")
+        self.check_scale(scale)
         if is_causal and not self.causal:
             raise CapabilityError(
                 f"{self.name} cannot honour is_causal=True: it mixes positions before it attends, so the past would "
@@ -308,18 +326,45 @@ class FeatureMechanism(Mechanism):
         return (num_queries + num_keys) * (making + features.num_features * (value_dim + 1))
 
 
-def calibrate(mech: Mechanism, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Mechanism:
+def calibrate(
+    mech: Mechanism,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Mechanism:
     """A new mechanism with what it learns from data set from these q, k and v; ``mech`` stays as it is.
 
-    Today that is the running statistics of ppSBN with ``ppsbn="batch"``; others return a copy.
+    For macformer: the kernel where it is "auto", the running statistics of ppsbn="batch", a learned temperature,
+    and of estimator="stratified" the number of features, centres, bases and monomials; ``mech.calibration`` says what
+    was chosen and which error to expect. Others return a copy.
+
+    Args:
+        mech: the mechanism.
+        q: queries (B, H, N, D) of several sequences; a third of them is held back to measure on.
+        k: keys (B, Hk, S, D).
+        v: values (B, Hk, S, Dv).
+        key_mask: (B, S) bool, True = attend.
+        is_causal: whether the mechanism will be used so.
+        scale: of the logits it will be used with; None as in the call.
 
     Raises:
-        InputError: shapes that do not fit the mechanism, or no token to learn from.
+        InputError: shapes that do not fit the mechanism, too few tokens to learn from (macformer: 4 per axis of a
+            head), or numbers that are not finite.
+
+    Example:
+        >>> mech = maclin.mechanism("macformer", head_dim=64, num_heads=8, num_features="auto", tolerance=0.1)
+        >>> mech = maclin.calibrate(mech, q, k, v, mask)
+        >>> mech.calibration.num_features, mech.calibration.rel_error
     """
     mech.check_inputs(q, k, v, key_mask)
+    mech.check_scale(scale)
     if k.shape[0] * k.shape[2] == 0 or (key_mask is not None and not bool(key_mask.any())):
         raise InputError(f"{mech.name}: no token to calibrate on; pass q, k, v with at least one attended key")
-    return mech.calibrated(q, k, v, key_mask)
+    return mech.calibrated(q, k, v, key_mask, is_causal=is_causal, scale=scale)
 
 
 def check_choice(name: str, option: str, value: object, known: tuple[object, ...]) -> None:
