@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ def plain_basis(head_dim: int) -> Basis:
 
 
 class Layer:
-    """One layer's documents, appraised once, from which strata of any size are cut.
+    """One layer's documents, from which strata of any size are cut.
 
     Args:
         docs: per key head.
@@ -164,16 +165,25 @@ class Layer:
         halves = [split(head) for head in docs]
         self.held_out = [held for _, held in halves]
         self.bases = [basis_of(learn, kernel.is_exponential) for learn, _ in halves]
-        seen = [max(_SEEN * most >> n - 2, *counts[n : n + 1], 1) for n in range(2, max(MAX_DEGREE + 1, len(counts)))]
-        self.heads: list[Monomials] = []
-        for (learn, _), basis in zip(halves, self.bases, strict=True):
-            axes = candidates(basis.spread, seen)
-            self.heads.append(appraise(learn, basis, kernel, axes))
-        self.first = self.strata((1, len(self.bases[0].spread)))
+        self._docs = [learn for learn, _ in halves]
+        self._seen = [
+            max(_SEEN * most >> n - 2, *counts[n : n + 1], 1) for n in range(2, max(MAX_DEGREE + 1, len(counts)))
+        ]
+        self.first = self._cut([candidates(basis.spread, ()) for basis in self.bases])
+
+    @cached_property
+    def heads(self) -> list[Monomials]:
+        """The candidates of each head, appraised; what takes the time, so only where degree 1 is not enough."""
+        return [
+            appraise(docs, basis, self.kernel, candidates(basis.spread, self._seen))
+            for docs, basis in zip(self._docs, self.bases, strict=True)
+        ]
 
     def strata(self, counts: Sequence[int]) -> Strata:
         """The best monomials in these numbers, and their error on the documents that were held back."""
-        axes = [tuple(a[:count] for a, count in zip(head.axes, counts, strict=False)) for head in self.heads]
+        return self._cut([tuple(a[:count] for a, count in zip(head.axes, counts, strict=False)) for head in self.heads])
+
+    def _cut(self, axes: Sequence[tuple[Tensor, ...]]) -> Strata:
         highest: list[int] = []
         errors: list[float] = []
         squares, totals = (torch.zeros(len(self.held_out[0]), dtype=torch.float64) for _ in range(2))
@@ -186,7 +196,8 @@ class Layer:
             errors.append(math.sqrt(float(square[:, best].sum() / total.sum().clamp_min(1e-300))))
             squares, totals = squares + square[:, best], totals + total
         rel_error, bound = _with_bound(squares, totals)
-        return Strata(tuple(counts), tuple(axes), tuple(highest), tuple(self.bases), tuple(errors), rel_error, bound)
+        counts = tuple(len(chosen) for chosen in axes[0])
+        return Strata(counts, tuple(axes), tuple(highest), tuple(self.bases), tuple(errors), rel_error, bound)
 
     def best(self, num_features: int) -> Strata:
         """The best strata within a budget; degrees 0 and 1 alone where more features are hardly better."""
@@ -205,6 +216,8 @@ class Layer:
 
         The number of features is found by bisection on a grid of steps of a twentieth.
         """
+        if self.first.bound is not None and self.first.bound <= tolerance:
+            return self.first
         grid = _grid(least, most)
         return _first(grid, self._of, tolerance)
 

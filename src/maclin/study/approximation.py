@@ -99,7 +99,7 @@ class ApproximationStudy:
 
     @classmethod
     def standard(cls) -> ApproximationStudy:
-        """About ten minutes on two cores."""
+        """About eight minutes on one core."""
         return cls()
 
     @property

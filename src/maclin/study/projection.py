@@ -135,7 +135,7 @@ class ProjectionStudy:
 
     @classmethod
     def standard(cls) -> ProjectionStudy:
-        """About ten minutes on two cores."""
+        """About fourteen minutes of one core; two take less."""
         return cls()
 
     @property
