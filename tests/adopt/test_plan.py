@@ -71,6 +71,15 @@ def test_the_frontier_is_least_harmful_first() -> None:
     assert steps == [("b", "elu", 0.2), ("a", "window", 0.4)]
 
 
+def test_the_frontier_prefers_what_saves_at_the_length() -> None:
+    wide = MechanismError("macformer", {"ppsbn": False, "num_features": 256}, 0.14)
+    row = LayerAudit("a", 4, 4, 32, 100, (), 0.8, (0.8,) * 4, (wide, MechanismError("elu", {}, 0.17)))
+    assert relative_cost("macformer", wide.config, row, 256) > 1 > relative_cost("macformer", wide.config, row, 4096)
+    assert [frontier_order(audited(row, length=n))[0].mechanism for n in (256, 4096)] == ["elu", "macformer"]
+    alone = LayerAudit("a", 4, 4, 32, 100, (), 0.8, (0.8,) * 4, (wide,))
+    assert frontier_order(audited(alone, length=256))[0].mechanism == "macformer"  # better than no point at all
+
+
 def test_relative_cost_falls_with_length() -> None:
     row = layer("a")
     for name in mechanisms.names():

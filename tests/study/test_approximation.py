@@ -14,11 +14,12 @@ import torch
 import maclin
 from maclin.core.errors import OptionError
 from maclin.records import Config, Study, from_json, to_json
-from maclin.study import Journal, _approximation_cells
-from maclin.study._approximation_cells import Errors
-from maclin.study._latencies import EXACT, latencies, latency
+from maclin.study import Journal
 from maclin.study.approximation import ApproximationStudy, run
+from maclin.study.approximation import cells as approximation_cells
+from maclin.study.approximation.cells import Errors
 from maclin.study.data import RealProblems, aligned
+from maclin.study.latencies import EXACT, latencies, latency
 
 JOB = ApproximationStudy(
     lengths=(32, 64),
@@ -168,7 +169,7 @@ def test_an_interrupted_study_goes_on(study: Study, journal: Journal, monkeypatc
         raise AssertionError("was measured again")
 
     monkeypatch.setattr(Errors, "measure", fail)
-    monkeypatch.setattr(_approximation_cells.Latencies, "measure", fail)
+    monkeypatch.setattr(approximation_cells.Latencies, "measure", fail)
     again = run(JOB, journal)
     assert again.measurements == study.measurements
     assert (again.tables, again.charts, again.heat_maps, again.findings) == (
@@ -223,7 +224,7 @@ def test_the_estimator_that_learns_beats_the_linear_term() -> None:
 
 def test_real_data_take_a_layer_for_each_seed_at_their_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = tuple(aligned(512, head_dim=8, num_heads=2, problem=i) for i in range(2))
-    monkeypatch.setattr(_approximation_cells, "real", lambda length: RealProblems(layers, layers, "made"))
+    monkeypatch.setattr(approximation_cells, "real", lambda length: RealProblems(layers, layers, "made"))
     job = dataclasses.replace(JOB, data=("real",), num_seeds=3)
     errors = Errors(job)
     assert {key["length"] for key in errors.cells()} == {512}
@@ -234,7 +235,7 @@ def test_real_data_take_a_layer_for_each_seed_at_their_own_length(monkeypatch: p
 
 
 def test_what_does_not_fit_in_memory_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_approximation_cells, "free_bytes", lambda: 50_000)
+    monkeypatch.setattr(approximation_cells, "free_bytes", lambda: 50_000)
     found = run(dataclasses.replace(JOB, data=("aligned",), lengths=(32, 128), scales=(0.25,)))
     assert [cell["errors"] == [] for cell in found.measurements if cell["part"] == "error"] == [False, True] * 2
     assert found.warnings == ("128 tokens left out: the exact rows alone need 98304 bytes",)

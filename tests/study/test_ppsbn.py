@@ -10,10 +10,11 @@ import pytest
 
 from maclin.core.errors import OptionError
 from maclin.records import Study, from_json, to_json
-from maclin.study import Journal, _ppsbn_findings, ppsbn
-from maclin.study._ppsbn_rows import Cells, Subject, subjects
-from maclin.study._ppsbn_variants import VARIANTS
+from maclin.study import Journal, ppsbn
 from maclin.study.ppsbn import PpsbnStudy, run
+from maclin.study.ppsbn import findings as ppsbn_findings
+from maclin.study.ppsbn.rows import Cells, Subject, subjects
+from maclin.study.ppsbn.variants import VARIANTS
 
 SMALL = PpsbnStudy(
     estimators=("published",),
@@ -76,7 +77,7 @@ def outcomes(failing: list[str], spikes: dict[str, float]) -> Cells:
     ],
 )
 def test_the_first_finding_follows_the_runs(failing: list[str], spikes: dict[str, float], said: str) -> None:
-    sentence = _ppsbn_findings.stability(SMALL, outcomes(failing, spikes))
+    sentence = ppsbn_findings.stability(SMALL, outcomes(failing, spikes))
     assert said in sentence
     assert f"without it {'1' if 'neither' in failing else '0'} of 2 runs failed" in sentence
 
@@ -97,7 +98,7 @@ def test_the_second_finding_compares_like_with_like() -> None:
         for subject in subjects(["published"])
         for size in SMALL.batch_sizes
     ]
-    sentence = _ppsbn_findings.accuracy(SMALL, Cells(runs, guessing=0.125))
+    sentence = ppsbn_findings.accuracy(SMALL, Cells(runs, guessing=0.125))
     assert "by +0.0 / +12.5 (published, rate 0.001) points at batch 2 / 8" in sentence
     assert "at rates 0.001: ppSBN +25.0, no ppSBN +18.8, softmax +31.2 points" in sentence
     assert "averaging has 50.0 percent, the majority class 12.5" in sentence

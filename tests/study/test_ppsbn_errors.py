@@ -14,9 +14,9 @@ from maclin.core.errors import MaclinError, OptionError
 from maclin.core.mechanisms import Mechanism
 from maclin.core.norms import PostScale
 from maclin.core.reference import softmax_attention
-from maclin.study._ppsbn_errors import errors, relative_error
-from maclin.study._ppsbn_variants import VARIANTS, build, fitted_post, variant
 from maclin.study.data import Problem, aligned, real
+from maclin.study.ppsbn.errors import errors, relative_error
+from maclin.study.ppsbn.variants import VARIANTS, build, fitted_post, variant
 
 
 def tensors(seed: int = 0) -> list[Tensor]:

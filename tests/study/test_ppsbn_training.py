@@ -14,11 +14,12 @@ from maclin.core.errors import InputError
 from maclin.core.mechanisms import Mechanism, mechanism
 from maclin.core.mechanisms.mean import Mean
 from maclin.core.norms import BatchStatistics
-from maclin.study import _ppsbn_task, _ppsbn_training
-from maclin.study._ppsbn_task import PACKAGES, SourceTask, prose, source_task
-from maclin.study._ppsbn_training import SHIFTS, own_accuracies, scaled, shifted_accuracies, training_run
-from maclin.study._ppsbn_variants import build
-from maclin.study._tiny import Examples, Task, TinyClassifier, evaluate
+from maclin.study import source_text
+from maclin.study.ppsbn import training as ppsbn_training
+from maclin.study.ppsbn.training import SHIFTS, own_accuracies, scaled, shifted_accuracies, training_run
+from maclin.study.ppsbn.variants import build
+from maclin.study.source_text import PACKAGES, SourceTask, prose, source_task
+from maclin.study.tiny import Examples, Task, TinyClassifier, evaluate
 
 SOURCE = '''"""Module words."""
 import os  # a remark
@@ -43,8 +44,8 @@ def test_examples_are_balanced_and_held_out_ones_come_from_other_files(monkeypat
     def sources(package: str) -> list[str]:
         return [f'"""prose {package} {i}"""\n' + f"[{i}]\n" * 40 for i in range(6)]
 
-    monkeypatch.setattr(_ppsbn_task, "_sources", sources)
-    monkeypatch.setattr(_ppsbn_task, "_ids", lambda text, vocab: torch.tensor([ord(c) for c in text]))
+    monkeypatch.setattr(source_text, "sources", sources)
+    monkeypatch.setattr(source_text, "_ids", lambda text, vocab: torch.tensor([ord(c) for c in text]))
     found = source_task(8, 60, 24)
     assert found.task.train.labels.bincount().tolist() == [10] * len(PACKAGES)
     assert found.task.majority_accuracy == pytest.approx(1 / len(PACKAGES))
@@ -181,7 +182,7 @@ def test_a_fifth_of_the_words_is_replaced(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(examples)
         return {"accuracy": 0.0}
 
-    monkeypatch.setattr(_ppsbn_training, "evaluate", record)
+    monkeypatch.setattr(ppsbn_training, "evaluate", record)
     data = pattern_task(512)
     shifted_accuracies(classifier("softmax"), data, seed=0)
     changed = (seen[list(SHIFTS).index("replaced")].ids != data.task.held_out.ids).double().mean().item()
@@ -205,7 +206,7 @@ def test_spikes_are_over_the_median_and_steps_that_are_not_finite_are_counted(mo
             "seconds": 0.0,
         }
 
-    monkeypatch.setattr(_ppsbn_training, "train", stand_in)
+    monkeypatch.setattr(ppsbn_training, "train", stand_in)
     found = trained("softmax")
     assert found["gradient_spike"] == pytest.approx(8 / 3)
     assert (found["num_nonfinite_steps"], found["failed"], found["final_loss"]) == (1, True, None)

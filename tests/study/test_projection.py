@@ -16,12 +16,13 @@ from maclin.core.errors import OptionError
 from maclin.core.mechanisms.linformer import Linformer
 from maclin.core.reference import softmax_attention
 from maclin.records import Config, Study, from_json, to_json
-from maclin.study import Journal, _projection_cells
-from maclin.study._latencies import EXACT
-from maclin.study._projection_cells import RealAttention, _learned, _spectrum
-from maclin.study._projection_trained import Trained, build, byte_task
+from maclin.study import Journal
 from maclin.study.data import Problem, RealProblems, aligned, joined
+from maclin.study.latencies import EXACT
 from maclin.study.projection import ProjectionStudy, run
+from maclin.study.projection import cells as projection_cells
+from maclin.study.projection.cells import RealAttention, _learned, _spectrum
+from maclin.study.projection.trained import Trained, build, byte_task
 
 JOB = ProjectionStudy(
     proj_lens=(4, 8, 32, 64),
@@ -68,7 +69,7 @@ def journal() -> Journal:
 @pytest.fixture(scope="module")
 def study(journal: Journal) -> Study:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_projection_cells, "real", made)
+        patch.setattr(projection_cells, "real", made)
         return run(JOB, journal)
 
 
@@ -163,8 +164,8 @@ def test_a_fit_learns_which_positions_count(monkeypatch: pytest.MonkeyPatch) -> 
     def one_layer(layers: Any, **options: Any) -> RealProblems:
         return RealProblems((positional(0),), (positional(1),), "made")
 
-    monkeypatch.setattr(_projection_cells, "real", one_layer)
-    monkeypatch.setattr(_projection_cells, "_FIT_RATE", 0.02)
+    monkeypatch.setattr(projection_cells, "real", one_layer)
+    monkeypatch.setattr(projection_cells, "_FIT_RATE", 0.02)
     attention = RealAttention(dataclasses.replace(JOB, layers=(0,)))
 
     def fit(steps: int, sharing: str) -> Config:
@@ -192,7 +193,7 @@ def test_errors_of_a_fit_are_of_the_documents_they_name(study: Study) -> None:
 
 def test_a_fit_is_the_same_again() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_projection_cells, "real", made)
+        patch.setattr(projection_cells, "real", made)
         key = {"layers": [0, 2], "k": 4, "sharing": "layerwise", "steps": 3}
         first, again = RealAttention(JOB).fit(key), RealAttention(JOB).fit(key)
     assert first == again
@@ -296,8 +297,8 @@ def test_an_interrupted_study_goes_on(study: Study, journal: Journal, monkeypatc
     def fail(*args: object, **kwargs: object) -> Config:
         raise AssertionError("was measured again")
 
-    monkeypatch.setattr(_projection_cells, "real", fail)
-    monkeypatch.setattr(_projection_cells.ProjectionLatencies, "measure", fail)
+    monkeypatch.setattr(projection_cells, "real", fail)
+    monkeypatch.setattr(projection_cells.ProjectionLatencies, "measure", fail)
     monkeypatch.setattr(Trained, "measure", fail)
     again = run(JOB, journal)
     assert again.measurements == study.measurements
@@ -313,7 +314,7 @@ def test_a_trained_run_is_the_same_again(study: Study) -> None:
 
 
 def test_fewer_modes_make_a_smaller_study(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_projection_cells, "real", made)
+    monkeypatch.setattr(projection_cells, "real", made)
     for modes in (("learned",), ("mean-pool", "conv")):
         found = run(dataclasses.replace(JOB, projections=modes, time_lengths=(16,), num_seeds=1))
         assert bool(cells(found, "fit")) == ("learned" in modes)

@@ -14,12 +14,12 @@ from maclin.core.errors import OptionError
 from maclin.core.kernels import KERNELS
 from maclin.records import Study, StudyTable, from_json, to_json
 from maclin.study import Journal
-from maclin.study import _variance as theory
-from maclin.study._draws import MAX_DEGREE, kernel_estimates, pair_of, projections, sketch_errors
-from maclin.study._theory_findings import found
-from maclin.study._theory_rows import Simulated, degree_rows, exceeded_by_chance, kernel_rows, slope
-from maclin.study._variance import SKETCHES, Pair
 from maclin.study.theory import TheoryStudy, run
+from maclin.study.theory import variance as theory
+from maclin.study.theory.draws import MAX_DEGREE, kernel_estimates, pair_of, projections, sketch_errors
+from maclin.study.theory.findings import found
+from maclin.study.theory.rows import Simulated, degree_rows, exceeded_by_chance, kernel_rows, slope
+from maclin.study.theory.variance import SKETCHES, Pair
 
 X = torch.tensor([0.7, -0.4, 0.5, 0.2], dtype=torch.float64)
 Y = torch.tensor([0.6, 0.3, 0.4, -0.1], dtype=torch.float64)

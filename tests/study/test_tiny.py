@@ -9,7 +9,7 @@ from torch import nn
 import maclin
 from maclin.core.errors import OptionError
 from maclin.core.mechanisms import Mechanism
-from maclin.study._tiny import Examples, Task, TinyClassifier, evaluate, train
+from maclin.study.tiny import Examples, Task, TinyClassifier, evaluate, train
 
 
 def softmax(layer: int) -> Mechanism:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from maclin.core.features import DEGREE_LAWS, rademacher
 from maclin.core.kernels import KERNELS, Kernel
-from maclin.study import _variance as theory
-from maclin.study._draws import hadamard
-from maclin.study._variance import Pair
+from maclin.study.theory import variance as theory
+from maclin.study.theory.draws import hadamard
+from maclin.study.theory.variance import Pair
 
 X = torch.tensor([0.7, -0.4, 0.5, 0.2], dtype=torch.float64)
 Y = torch.tensor([0.6, 0.3, 0.4, -0.1], dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,15 +62,17 @@ def plan(audit: Audit, tolerance: float = 0.1, length: int | None = None) -> Pla
 def frontier_order(audit: Audit) -> list[Step]:
     """Layers in the order in which to convert them, least harmful first.
 
-    Each with its most accurate mechanism of linear cost that is not a baseline, by the measured error. ``window``
-    counts (its cost is linear); averaging does not. Layers that cannot be converted are left out.
+    Each with its most accurate mechanism of linear cost that is not a baseline, by the measured error; those with fewer
+    multiply-adds than exact attention at the longest audited document come first, since a conversion is to save.
+    ``window`` counts (its cost is linear); averaging does not. Layers that cannot be converted are left out.
 
     Args:
         audit: what ``maclin.audit`` measured.
     """
     steps = []
     for layer in audit.layers:
-        best = best_linear(layer)
+        cheaper = [e for e in layer.errors if e.rel_error is not None and _saves(e, layer, max(audit.length, 1))]
+        best = best_linear(replace(layer, errors=tuple(cheaper))) or best_linear(layer)
         if best is not None and best.rel_error is not None:
             steps.append(Step(layer.layer, best.mechanism, best.config, best.rel_error))
     return sorted(steps, key=lambda step: step.rel_error)
@@ -126,6 +129,13 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise InputError(f"cannot read a plan from {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise InputError(f"wanted a plan that maclin.save_plan wrote, got {path}: {error}") from error
+
+
+def _saves(error: MechanismError, layer: LayerAudit, length: int) -> bool:
+    try:
+        return relative_cost(error.mechanism, error.config, layer, length) < 1.0
+    except MaclinError:
+        return False
 
 
 def _convertible(name: str) -> bool:

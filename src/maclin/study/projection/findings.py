@@ -6,12 +6,12 @@ import itertools
 import statistics
 from typing import TYPE_CHECKING
 
-from ._latencies import EXACT, latency
-from ._projection_cells import POOLED, linformer_name
-from ._projection_views import Measurements, middle, reference_len
+from ..latencies import EXACT, latency
+from .cells import POOLED, linformer_name
+from .views import Measurements, middle, reference_len
 
 if TYPE_CHECKING:
-    from .projection import ProjectionStudy
+    from . import ProjectionStudy
 
 _TOLERANCES = (0.5, 0.1)
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from ..core.kernels import KERNELS, Kernel
-from ..records import Config
-from . import _variance as theory
-from ._variance import Pair
+from ...core.kernels import KERNELS, Kernel
+from ...records import Config
+from . import variance as theory
+from .variance import Pair
 
 QUANTILES = (0.5, 0.9, 0.99)
 """Shares of the draws whose error lies below the measured quantile."""

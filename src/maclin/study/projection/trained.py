@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core.mechanisms import Mechanism, mechanism
-from ..core.mechanisms.linformer import Linformer
-from ..records import Config
-from ._ppsbn_task import _HELD_OUT_EVERY, PACKAGES, _sources, _windows
-from ._tiny import Task, TinyClassifier, train
+from ...core.mechanisms import Mechanism, mechanism
+from ...core.mechanisms.linformer import Linformer
+from ...records import Config
+from ..source_text import HELD_OUT_EVERY, PACKAGES, sources, windows
+from ..tiny import Task, TinyClassifier, train
 
 if TYPE_CHECKING:
-    from .projection import ProjectionStudy
+    from . import ProjectionStudy
 
 WIDTH, NUM_HEADS, BATCH, RATE = 64, 2, 32, 4e-3
 _CURVE = 20  # points of the curve of losses that is kept
@@ -37,17 +37,17 @@ def byte_task(length: int, num_train: int, num_held_out: int, seed: int = 0) -> 
     trained: list[list[Tensor]] = []
     held: list[list[Tensor]] = []
     for name in PACKAGES:
-        texts = [torch.tensor(list(text.encode()), dtype=torch.int64) for text in _sources(name)]
-        held.append(texts[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
-        trained.append([text for i, text in enumerate(texts) if i % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1])
+        texts = [torch.tensor(list(text.encode()), dtype=torch.int64) for text in sources(name)]
+        held.append(texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+        trained.append([text for i, text in enumerate(texts) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1])
     generator = torch.Generator().manual_seed(seed)
     return Task(
         name="package of source code, by bytes",
         source="source files of the standard library: " + ", ".join(PACKAGES),
         classes=PACKAGES,
         vocab=256,
-        train=_windows(trained, length, num_train, generator),
-        held_out=_windows(held, length, num_held_out, generator),
+        train=windows(trained, length, num_train, generator),
+        held_out=windows(held, length, num_held_out, generator),
     )
 
 

@@ -6,17 +6,17 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from ..bench import environment
-from ..core.errors import MaclinError, OptionError
-from ..core.kernels import KERNELS
-from ..core.mechanisms.macformer import ESTIMATORS
-from ..progress import Progress, Silent, Steps
-from ..records import SCHEMA_VERSION, Config, Study
-from ._approximation_cells import Errors, Latencies, build_macformer
-from ._approximation_findings import findings_of
-from ._approximation_views import charts_of, heat_maps_of, tables_of
-from ._checks import check_increasing, check_known, check_positive
-from .journal import Journal
+from ...bench import environment
+from ...core.errors import MaclinError, OptionError
+from ...core.kernels import KERNELS
+from ...core.mechanisms.macformer import ESTIMATORS
+from ...progress import Progress, Silent, Steps
+from ...records import SCHEMA_VERSION, Config, Study
+from ..checks import check_increasing, check_known, check_positive
+from ..journal import Journal
+from .cells import Errors, Latencies, build_macformer
+from .findings import findings_of
+from .views import charts_of, heat_maps_of, tables_of
 
 QUESTION = (
     "How far is Macformer's attention from the exact attention of its kernel, by length and number of features, and "

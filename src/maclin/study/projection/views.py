@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..records import Cell, Config, StudyTable
-from ._latencies import EXACT, latency
-from ._projection_cells import ENERGIES, K_FREE, POOLED, linformer_name
+from ...records import Cell, Config, StudyTable
+from ..latencies import EXACT, latency
+from .cells import ENERGIES, K_FREE, POOLED, linformer_name
 
 if TYPE_CHECKING:
-    from .projection import ProjectionStudy
+    from . import ProjectionStudy
 
 CUT = "matrix cut at rank k"
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ..records import Config
-from ._ppsbn_rows import Cells, with_and_without_post, with_pre, without_pre
-from ._ppsbn_training import SHIFTS
+from ...records import Config
+from .rows import Cells, with_and_without_post, with_pre, without_pre
+from .training import SHIFTS
 
 if TYPE_CHECKING:
-    from .ppsbn import PpsbnStudy
+    from . import PpsbnStudy
 
 _FEWER, _CALMER = 0.05, 2.0  # share of failed runs, and factor of the gradient spike, from which on a change counts
 

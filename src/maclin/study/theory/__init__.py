@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bench import environment
-from ..core.errors import OptionError
-from ..core.kernels import KERNELS
-from ..progress import Progress, Silent, Steps
-from ..records import SCHEMA_VERSION, Config, Study
-from ._checks import check_increasing, check_known
-from ._draws import MAX_DEGREE, kernel_estimates, pair_of, sketch_errors
-from ._theory_findings import found
-from ._theory_rows import QUANTILES, degree_rows, kernel_rows
-from ._variance import LAWS, SKETCHES, Pair, kernel_value
-from .journal import Journal
+from ...bench import environment
+from ...core.errors import OptionError
+from ...core.kernels import KERNELS
+from ...progress import Progress, Silent, Steps
+from ...records import SCHEMA_VERSION, Config, Study
+from ..checks import check_increasing, check_known
+from ..journal import Journal
+from .draws import MAX_DEGREE, kernel_estimates, pair_of, sketch_errors
+from .findings import found
+from .rows import QUANTILES, degree_rows, kernel_rows
+from .variance import LAWS, SKETCHES, Pair, kernel_value
 
 QUESTION = (
     "Do the closed forms predict the error of random Maclaurin features, and does the concentration bound say anything "

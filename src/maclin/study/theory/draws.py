@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.features import DEGREE_LAWS, rademacher
-from ..core.kernels import Kernel
+from ...core.features import DEGREE_LAWS, rademacher
+from ...core.kernels import Kernel
 
 MAX_DEGREE = 60
 """No law draws a higher one."""

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ._tiny import Examples, Task
+from .tiny import Examples, Task
 
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
 """Packages of the standard library with at least a dozen files each; nothing of them is imported."""
 
 _WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")
-_HELD_OUT_EVERY = 3  # of a package's files, the largest first
+HELD_OUT_EVERY = 3  # of a package's files, the largest first
 _TESTS = {"test", "tests", "idle_test"}
 
 
@@ -56,27 +56,27 @@ def source_task(length: int, num_train: int, num_held_out: int, vocab: int = 102
     held_texts: list[list[Tensor]] = []
     prose_texts: list[list[Tensor]] = []
     for name in PACKAGES:
-        texts = _sources(name)
-        held = texts[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
-        kept = [text for i, text in enumerate(texts) if i % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1]
+        texts = sources(name)
+        held = texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        kept = [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
         train_texts.append([_ids(text, vocab) for text in kept])
         held_texts.append([_ids(text, vocab) for text in held])
         # the prose of one file is short, so that of a package stands end to end
         prose_texts.append([_ids("\n".join(prose(text) for text in held), vocab)])
     generator = torch.Generator().manual_seed(seed)
-    train = _windows(train_texts, length, num_train, generator)
+    train = windows(train_texts, length, num_train, generator)
     task = Task(
         name="package of source code",
         source="source files of the standard library: " + ", ".join(PACKAGES),
         classes=PACKAGES,
         vocab=vocab,
         train=train,
-        held_out=_windows(held_texts, length, num_held_out, generator),
+        held_out=windows(held_texts, length, num_held_out, generator),
     )
     return SourceTask(
         task,
-        _windows(held_texts, 2 * length, num_held_out, generator),
-        _windows(prose_texts, length, num_held_out, generator),
+        windows(held_texts, 2 * length, num_held_out, generator),
+        windows(prose_texts, length, num_held_out, generator),
     )
 
 
@@ -92,11 +92,11 @@ def prose(source: str) -> str:
     return "\n".join(text for text in found if text)
 
 
-def _sources(package: str) -> list[str]:
+def sources(package: str) -> list[str]:
     """The package's files, the largest first."""
     folder = Path(ast.__file__).parent / package
     files = [f for f in sorted(folder.rglob("*.py")) if not _TESTS.intersection(f.relative_to(folder).parts)]
-    if len(files) < _HELD_OUT_EVERY:
+    if len(files) < HELD_OUT_EVERY:
         raise InputError(
             f"wanted the source of the standard library's package {package!r} in {folder}, got {len(files)} files; use "
             "a Python that was installed with its source"
@@ -109,7 +109,7 @@ def _ids(text: str, vocab: int) -> Tensor:
     return torch.tensor([zlib.crc32(word.encode()) % vocab for word in _WORD.findall(text)], dtype=torch.int64)
 
 
-def _windows(classes: list[list[Tensor]], length: int, number: int, generator: torch.Generator) -> Examples:
+def windows(classes: list[list[Tensor]], length: int, number: int, generator: torch.Generator) -> Examples:
     """Windows of each class in turn; every place in its texts is as likely."""
     ids: list[Tensor] = []
     labels = torch.arange(number) % len(classes)

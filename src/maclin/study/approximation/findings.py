@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..bench import break_even, growth_exponent
-from ..records import Config, Timing
-from ._approximation_cells import REAL_LENGTH, TAYLOR, UNIFORM, macformer_name, subject_name
-from ._approximation_views import Measured, length_for
-from ._latencies import EXACT, latency
+from ...bench import break_even, growth_exponent
+from ...records import Config, Timing
+from ..latencies import EXACT, latency
+from .cells import REAL_LENGTH, TAYLOR, UNIFORM, macformer_name, subject_name
+from .views import Measured, length_for
 
 if TYPE_CHECKING:
-    from .approximation import ApproximationStudy
+    from . import ApproximationStudy
 
 _LESS = 0.99**2
 """Ratio of normalised mean-square errors from which on one method is called nearer: 1 % of the relative error."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from ..records import Config
-from ._ppsbn_variants import BASELINES, VARIANTS, Variant
+from ...records import Config
+from .variants import BASELINES, VARIANTS, Variant
 
 
 @dataclass(frozen=True)

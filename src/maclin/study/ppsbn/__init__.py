@@ -10,22 +10,22 @@ from functools import cached_property
 
 import torch
 
-from ..bench import environment
-from ..core.errors import OptionError
-from ..core.features import DEGREE_LAWS
-from ..core.mechanisms.macformer import ESTIMATORS
-from ..progress import Progress, Silent, Steps
-from ..records import SCHEMA_VERSION, Config, Study
-from ._checks import check_increasing, check_known, check_positive
-from ._ppsbn_errors import errors
-from ._ppsbn_findings import findings_of
-from ._ppsbn_rows import Cells
-from ._ppsbn_task import SourceTask, source_task
-from ._ppsbn_training import training_run
-from ._ppsbn_variants import BASELINES, VARIANTS, Pre, build
-from ._ppsbn_views import charts_of, heat_maps_of, tables_of
-from .data import Problem, RealProblems, aligned, isotropic, joined, real
-from .journal import Journal
+from ...bench import environment
+from ...core.errors import OptionError
+from ...core.features import DEGREE_LAWS
+from ...core.mechanisms.macformer import ESTIMATORS
+from ...progress import Progress, Silent, Steps
+from ...records import SCHEMA_VERSION, Config, Study
+from ..checks import check_increasing, check_known, check_positive
+from ..data import Problem, RealProblems, aligned, isotropic, joined, real
+from ..journal import Journal
+from ..source_text import SourceTask, source_task
+from .errors import errors
+from .findings import findings_of
+from .rows import Cells
+from .training import training_run
+from .variants import BASELINES, VARIANTS, Pre, build
+from .views import charts_of, heat_maps_of, tables_of
 
 QUESTION = "What does ppSBN do to the error of Macformer's attention, and to the stability of its training?"
 DATA = ("aligned", "isotropic", "real")

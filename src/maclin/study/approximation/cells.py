@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..bench import free_bytes
-from ..core.errors import OptionError
-from ..core.features import DEGREE_LAWS
-from ..core.kernels import KERNELS
-from ..core.mechanisms import Mechanism, mechanism
-from ..core.mechanisms.base import calibrate
-from ..core.mechanisms.macformer import Macformer
-from ..core.reference import kernel_attention
-from ..records import Config
-from ._latencies import EXACT, latencies
-from .data import Problem, RealProblems, aligned, isotropic, joined, real
+from ...bench import free_bytes
+from ...core.errors import OptionError
+from ...core.features import DEGREE_LAWS
+from ...core.kernels import KERNELS
+from ...core.mechanisms import Mechanism, mechanism
+from ...core.mechanisms.base import calibrate
+from ...core.mechanisms.macformer import Macformer
+from ...core.reference import kernel_attention
+from ...records import Config
+from ..data import Problem, RealProblems, aligned, isotropic, joined, real
+from ..latencies import EXACT, latencies
 
 if TYPE_CHECKING:
-    from .approximation import ApproximationStudy
+    from . import ApproximationStudy
 
 REAL_LENGTH = 512
 UNIFORM, TAYLOR = "uniform", "taylor"

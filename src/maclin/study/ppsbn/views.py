@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ..records import Cell, Config, HeatMap, Line, LineChart, StudyTable
-from ._ppsbn_rows import Cells, Subject, subjects
-from ._ppsbn_training import CURVE, OWN_BATCHES, SHIFTS
-from ._ppsbn_variants import BASELINES, VARIANTS
+from ...records import Cell, Config, HeatMap, Line, LineChart, StudyTable
+from .rows import Cells, Subject, subjects
+from .training import CURVE, OWN_BATCHES, SHIFTS
+from .variants import BASELINES, VARIANTS
 
 if TYPE_CHECKING:
-    from .ppsbn import PpsbnStudy
+    from . import PpsbnStudy
 
 _FIRST_HALVES = {
     (False, False): "no first half",

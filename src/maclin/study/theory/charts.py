@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ..core.kernels import KERNELS
-from ..records import HeatMap, Line, LineChart
-from . import _variance as theory
-from ._theory_rows import FAILURE, DegreeRow, KernelRow, Simulated, degree_slopes, finite
-from ._variance import Pair
+from ...core.kernels import KERNELS
+from ...records import HeatMap, Line, LineChart
+from . import variance as theory
+from .rows import FAILURE, DegreeRow, KernelRow, Simulated, degree_slopes, finite
+from .variance import Pair
 
 if TYPE_CHECKING:
-    from .theory import TheoryStudy
+    from . import TheoryStudy
 
 _CURVE = 25  # points of a curve that is only calculated
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING
 
-from ..records import HeatMap, LineChart, StudyTable
-from . import _theory_charts as charts
-from . import _theory_tables as tables
-from . import _variance as theory
-from ._theory_rows import CHANCE, FAILURE, DegreeRow, KernelRow, Simulated, degree_slopes, kernel_slopes
-from ._variance import Pair
+from ...records import HeatMap, LineChart, StudyTable
+from . import charts as charts
+from . import tables as tables
+from . import variance as theory
+from .rows import CHANCE, FAILURE, DegreeRow, KernelRow, Simulated, degree_slopes, kernel_slopes
+from .variance import Pair
 
 if TYPE_CHECKING:
-    from .theory import TheoryStudy
+    from . import TheoryStudy
 
 _USUAL = 128  # features; the tables are about the measured number that is nearest
 _MOSTLY = 0.9  # share of the figures that must agree for the answer to be yes

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ..records import Cell, StudyTable
-from . import _variance as theory
-from ._theory_rows import FAILURE, QUANTILES, SEEN, DegreeRow, KernelRow, finite, kernel_slopes
+from ...records import Cell, StudyTable
+from . import variance as theory
+from .rows import FAILURE, QUANTILES, SEEN, DegreeRow, KernelRow, finite, kernel_slopes
 
 if TYPE_CHECKING:
-    from .theory import TheoryStudy
+    from . import TheoryStudy
 
 
 def degree_table(job: TheoryStudy, rows: Iterable[DegreeRow]) -> StudyTable:

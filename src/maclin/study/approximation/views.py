@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..records import Cell, Config, HeatMap, Line, LineChart, StudyTable
-from ._approximation_cells import REAL_LENGTH, TAYLOR, UNIFORM, macformer_name, subject_name
-from ._latencies import EXACT, latency
+from ...records import Cell, Config, HeatMap, Line, LineChart, StudyTable
+from ..latencies import EXACT, latency
+from .cells import REAL_LENGTH, TAYLOR, UNIFORM, macformer_name, subject_name
 
 if TYPE_CHECKING:
-    from .approximation import ApproximationStudy
+    from . import ApproximationStudy
 
 _BASELINES = (UNIFORM, TAYLOR)
 _NOTE = "Normalised mean-square error is the square of the relative error ||out - exact|| / ||exact||."

@@ -11,11 +11,11 @@ from statistics import fmean, median
 import torch
 from torch import Tensor, nn
 
-from ..core.mechanisms import Mechanism
-from ..core.norms import BatchStatistics
-from ..records import Config
-from ._ppsbn_task import SourceTask
-from ._tiny import Attention, Examples, TinyClassifier, evaluate, train
+from ...core.mechanisms import Mechanism
+from ...core.norms import BatchStatistics
+from ...records import Config
+from ..source_text import SourceTask
+from ..tiny import Attention, Examples, TinyClassifier, evaluate, train
 
 SHIFTS = {
     "shorter": "a quarter of the words",

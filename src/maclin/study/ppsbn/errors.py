@@ -9,11 +9,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..core.reference import softmax_attention
-from ..core.statistics import guarded
-from ..records import Config
-from ._ppsbn_variants import Pre, fitted_post, macformer
-from .data import Problem
+from ...core.reference import softmax_attention
+from ...core.statistics import guarded
+from ...records import Config
+from ..data import Problem
+from .variants import Pre, fitted_post, macformer
 
 
 @torch.no_grad()

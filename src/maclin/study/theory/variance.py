@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.features import DEGREE_LAWS
-from ..core.kernels import Kernel
+from ...core.features import DEGREE_LAWS
+from ...core.kernels import Kernel
 
 SKETCHES = {
     "rademacher": "random signs",

@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..records import Config, HeatMap, Line, LineChart
-from ._latencies import EXACT, latency
-from ._projection_cells import K_FREE, POOLED, linformer_name
-from ._projection_views import CUT, Measurements, middle
+from ...records import Config, HeatMap, Line, LineChart
+from ..latencies import EXACT, latency
+from .cells import K_FREE, POOLED, linformer_name
+from .views import CUT, Measurements, middle
 
 if TYPE_CHECKING:
-    from .projection import ProjectionStudy
+    from . import ProjectionStudy
 
 
 def charts_of(job: ProjectionStudy, found: Measurements) -> tuple[LineChart, ...]:

@@ -6,18 +6,18 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from ..bench import environment
-from ..core.errors import OptionError
-from ..core.mechanisms.linformer import PROJECTIONS, SHARINGS
-from ..progress import Progress, Silent, Steps
-from ..records import SCHEMA_VERSION, Config, Study
-from ._checks import check_increasing, check_known, check_positive
-from ._projection_cells import ProjectionLatencies, RealAttention
-from ._projection_charts import charts_of, heat_maps_of
-from ._projection_findings import findings_of
-from ._projection_trained import Trained
-from ._projection_views import Measurements, tables_of
-from .journal import Journal
+from ...bench import environment
+from ...core.errors import OptionError
+from ...core.mechanisms.linformer import PROJECTIONS, SHARINGS
+from ...progress import Progress, Silent, Steps
+from ...records import SCHEMA_VERSION, Config, Study
+from ..checks import check_increasing, check_known, check_positive
+from ..journal import Journal
+from .cells import ProjectionLatencies, RealAttention
+from .charts import charts_of, heat_maps_of
+from .findings import findings_of
+from .trained import Trained
+from .views import Measurements, tables_of
 
 QUESTION = (
     "How many slots k does Linformer need, in error on real attention, in time and in accuracy after training, and "

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core.mechanisms import Mechanism, mechanism
-from ..core.mechanisms.linformer import Linformer
-from ..core.reference import softmax_attention
-from ..records import Config
-from ._latencies import latencies
-from .data import Problem, RealProblems, real
+from ...core.mechanisms import Mechanism, mechanism
+from ...core.mechanisms.linformer import Linformer
+from ...core.reference import softmax_attention
+from ...records import Config
+from ..data import Problem, RealProblems, real
+from ..latencies import latencies
 
 if TYPE_CHECKING:
-    from .projection import ProjectionStudy
+    from . import ProjectionStudy
 
 K_FREE = {"uniform": "mean", "efficient": "efficient", "revisited_linformer": "revisited_linformer"}
 """What has no k, by the name to show."""

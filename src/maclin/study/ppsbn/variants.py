@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.errors import OptionError
-from ..core.mechanisms import mechanism
-from ..core.mechanisms.base import Mechanism
-from ..core.mechanisms.macformer import Macformer
-from ..core.norms import PostScale
+from ...core.errors import OptionError
+from ...core.mechanisms import mechanism
+from ...core.mechanisms.base import Mechanism
+from ...core.mechanisms.macformer import Macformer
+from ...core.norms import PostScale
 
 Pre = Literal["token", "batch", False]
 BASELINES = {"softmax": "softmax", "uniform": "mean"}
