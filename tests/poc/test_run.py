@@ -53,6 +53,15 @@ def test_every_part_of_the_report_is_there(report: Report, listener: Listener) -
         assert row.layer in render_markdown(report)
 
 
+def test_every_configuration_has_its_column(report: Report) -> None:
+    text = render_markdown(report)
+    assert "macformer (ppsbn=false, num_features=32)" in text
+    assert "not audited" not in text
+    (error,) = [e for e in report.audit.layers[0].errors if e.asked == {"ppsbn": False, "num_features": 32}]
+    row = next(line for line in text.splitlines() if line.startswith(f"| {report.audit.layers[0].layer}"))
+    assert f"{error.rel_error:.3f}" in row
+
+
 def test_the_conversion_is_proved_on_the_model_itself(report: Report) -> None:
     assert report.host_check_max_abs_error is not None
     assert report.host_check_max_abs_error < 1e-5
@@ -69,10 +78,14 @@ def test_the_frontier_runs_from_the_original_to_all_linear(report: Report) -> No
     audited = report.audit.num_documents + report.audit.num_calibration_documents
     assert audited == report.data.num_calibration_documents  # and no document that the frontier is measured on
     assert report.audit.num_calibration_documents == 3
-    errors = [report.audit.layer(layer).errors for layer in report.frontier[2].linear_layers]
+    last = report.frontier[2]
     least = [
-        min(e.rel_error for e in row if e.rel_error is not None and e.mechanism not in ("mean", "softmax"))
-        for row in errors
+        next(
+            e.rel_error
+            for e in report.audit.layer(layer).errors
+            if (e.mechanism, e.config) == (mechanism, config) and e.rel_error is not None
+        )
+        for layer, mechanism, config in zip(last.linear_layers, last.mechanisms, last.configs, strict=True)
     ]
     assert least == sorted(least)
 

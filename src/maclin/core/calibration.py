@@ -38,7 +38,7 @@ class Calibration:
         highest: per key head, the highest degree that is used; -1 is plain averaging, where any degree would harm.
         radius: per key head, largest |x - c_q| times largest |y - c_k|, temperature and scale included.
         tolerance: what was asked for with num_features="auto", otherwise None.
-        bound: of rel_error on other documents of the same kind, with one chance in twenty of more; None for random
+        bound: of rel_error on other documents of the same kind, with one chance in forty of more; None for random
             features.
         reached: whether the bound is within the tolerance; None without one.
         note: what is worth saying, one sentence each.

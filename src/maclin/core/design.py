@@ -175,12 +175,13 @@ def multiplicity(axes: Tensor) -> Tensor:
 def monomials(u: Tensor, axes: Sequence[Tensor], kernel: Kernel) -> list[Tensor]:
     """sqrt(a_n n! / alpha!) u^alpha per degree: u (n, D) -> (n, count) each."""
     values: list[Tensor] = []
+    along = u.mT.contiguous()  # an axis is a row then, and taking it a copy
     for degree, chosen in enumerate(axes):
         scale = (kernel.coefficient(degree) * multiplicity(chosen)).sqrt().to(u)
-        product = u.new_ones(len(u), len(chosen))
+        product = scale[:, None].repeat(1, len(u))
         for r in range(degree):
-            product = product * u[:, chosen[:, r]]
-        values.append(product * scale)
+            product *= along.index_select(0, chosen[:, r])
+        values.append(product.mT)
     return values
 
 
@@ -190,16 +191,16 @@ def appraise(docs: Sequence[Document], basis: Basis, kernel: Kernel, axes: Seque
     total = 0.0
     for doc in docs:
         exact = Exact(doc, basis, kernel)
-        of_x = monomials(exact.u, axes, kernel)
-        of_y = monomials(exact.w, axes, kernel)
+        of_x = monomials(exact.u.float(), axes, kernel)  # what decides an order needs no more digits
+        of_y = monomials(exact.w.float(), axes, kernel)
         of_out = exact.out.square().sum(-1, keepdim=True)
         total += float(of_out.sum())
         for degree, (p, psi) in enumerate(zip(of_x, of_y, strict=True)):
-            for rows, kv, z in _sums_seen(psi * exact.h[:, None], doc):
-                out, square_of_out = exact.out[rows], of_out[rows]
+            for rows, kv, z in _sums_seen(psi * exact.h[:, None].float(), doc):
+                out, square_of_out = exact.out[rows].float(), of_out[rows]
                 # ||kv - z o_i||^2 without making it for every pair
                 square = (kv * kv).sum(-1) - 2 * (out @ kv.mT) * z + square_of_out * z * z
-                gained = (p[rows] / exact.total[rows, None]).square() * square.clamp_min(0)
+                gained = (p[rows].double() / exact.total[rows, None]).square() * square.clamp_min(0)
                 worth[degree] += torch.minimum(gained, _MOST_GAINED * square_of_out).sum(0)
     order = [w.argsort(descending=True) for w in worth]
     return Monomials(
@@ -311,14 +312,15 @@ def _sums_seen(weighted: Tensor, doc: Document) -> Iterator[tuple[Tensor | slice
 
     Where causal, a row attends to the keys up to some position.
     """
+    v = doc.v.to(weighted.dtype)
     if doc.allowed is None:
-        yield slice(None), weighted.mT @ doc.v, weighted.sum(0)
+        yield slice(None), weighted.mT @ v, weighted.sum(0)
         return
     seen = doc.allowed.sum(-1)
-    kv, z, start = weighted.new_zeros(weighted.shape[1], doc.v.shape[1]), weighted.new_zeros(weighted.shape[1]), 0
+    kv, z, start = weighted.new_zeros(weighted.shape[1], v.shape[1]), weighted.new_zeros(weighted.shape[1]), 0
     for stop in seen.unique().tolist():
         keys = slice(start, stop)
-        kv, z, start = kv + weighted[keys].mT @ doc.v[keys], z + weighted[keys].sum(0), stop
+        kv, z, start = kv + weighted[keys].mT @ v[keys], z + weighted[keys].sum(0), stop
         yield (seen == stop).nonzero()[:, 0], kv, z
 
 

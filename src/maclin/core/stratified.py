@@ -229,20 +229,21 @@ def _mean_error(strata: Strata) -> float:
 
 
 def _with_bound(squares: Tensor, totals: Tensor) -> tuple[float, float]:
-    """Relative error over documents from their squared errors and outputs, and its upper confidence bound.
+    """Relative error over documents from their squared errors and outputs, and its bound on as many other documents.
 
-    One chance in twenty is left, by the standard error of a ratio of sums; one document alone says nothing of others.
+    One chance in forty is left, by the standard error of a ratio of sums, twice its square: both samples vary. One
+    document alone says nothing of others.
     """
     total, number = float(totals.sum().clamp_min(1e-300)), len(squares)
     ratio = float(squares.sum()) / total
     if number < 2:
         return math.sqrt(ratio), _UNKNOWN * math.sqrt(ratio)
     free = number - 1
-    deviation = math.sqrt(number / free * float((squares - ratio * totals).square().sum())) / total
-    normal = 1.645  # 95 % of a normal variable, and below of Student's t, to a tenth
+    deviation = math.sqrt(2 * number / free * float((squares - ratio * totals).square().sum())) / total
+    normal = 1.96
     more = max(
-        (normal + 1.5 / free + 3.1 / free**2) * deviation,
-        normal * _LEAST_SPREAD * ratio / math.sqrt(number),  # few documents may agree by chance
+        (normal + 2.4 / free + 4.6 / free**2) * deviation,  # 97.5 % of Student's t, to a tenth from 2 on
+        normal * _LEAST_SPREAD * ratio * math.sqrt(2 / number),  # few documents may agree by chance
     )
     return math.sqrt(ratio), math.sqrt(ratio + more)
 

@@ -277,7 +277,8 @@ def errors_by_key(layer: LayerAudit, names: dict[str, str]) -> dict[str, Mechani
 
 
 def _key(error: MechanismError, names: dict[str, str]) -> str:
-    return error.mechanism if error.mechanism in names else label(error)
+    full = label(error)  # first: where a name comes several times, its default configuration is called by it alone
+    return full if full in names else error.mechanism
 
 
 def _config(config: dict[str, object]) -> str:
