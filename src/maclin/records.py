@@ -15,7 +15,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 """Version of ``report.json``: the first number changes when a reader of the old schema would be wrong."""
 
 Config = dict[str, Any]
@@ -359,7 +359,7 @@ class Choice:
     def __str__(self) -> str:
         """What was chosen, then every row."""
         rows = [
-            (row.mechanism, _options(row.asked), row.rel_error, row.relative_cost, row.note or None)
+            (row.mechanism, _options(row.asked), row.rel_error, row.relative_cost, row.note)
             for row in self.rows
         ]
         rows.append(("uniform", "baseline", self.uniform_rel_error, None, None))
