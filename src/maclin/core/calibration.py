@@ -21,6 +21,7 @@ from .unbiased import counts_of
 FEATURES_PER_AXIS = 16
 """Largest number of features that "auto" tries, over the width of a head: the affordable number."""
 
+_KEPT = 0.9  # of the tolerance, by the bound: single documents are worse than their spread in a small sample tells
 _FITTED_ROWS, _FITTED_SEQUENCES = 128, 16  # that a temperature is fitted to
 _COUNTED = 8  # degrees whose variance is measured; those above are extrapolated
 
@@ -40,7 +41,7 @@ class Calibration:
         tolerance: what was asked for with num_features="auto", otherwise None.
         bound: of rel_error on other documents of the same kind, with one chance in forty of more; None for random
             features.
-        reached: whether the bound is within the tolerance; None without one.
+        reached: whether the bound is within 0.9 of the tolerance; None without one.
         note: what is worth saying, one sentence each.
         kernels: with kernel="auto", per kernel its relative error against softmax attention, the best first.
         temperature: per query head, where it is learned: what was fitted to the logits.
@@ -77,7 +78,7 @@ def calibrate_exact(
         strata = layer.strata(counts)
     elif num_features == "auto":
         assert tolerance is not None
-        strata = layer.within(tolerance, head_dim + 1, most)
+        strata = layer.within(_KEPT * tolerance, head_dim + 1, most)
     else:
         strata = layer.best(num_features)
     made = StratifiedMap(kernel, head_dim, len(docs), strata.counts, centred=kernel.is_exponential)
@@ -85,7 +86,7 @@ def calibrate_exact(
     radius = tuple(_radius(head, strata, i) for i, head in enumerate(docs))
     assert strata.rel_error is not None
     assert strata.bound is not None
-    reached = None if tolerance is None else strata.bound <= tolerance
+    reached = None if tolerance is None else strata.bound <= _KEPT * tolerance
     return made, Calibration(
         sum(strata.counts),
         strata.counts,
