@@ -359,7 +359,7 @@ class Choice:
     def __str__(self) -> str:
         """What was chosen, then every row."""
         rows = [(row.mechanism, _options(row.asked), row.rel_error, row.relative_cost, row.note) for row in self.rows]
-        rows.append(("uniform", "baseline", self.uniform_rel_error, None, None))
+        rows.append(("uniform", "baseline", self.uniform_rel_error, None, ""))
         head = f"{self.mechanism}{_options(self.config, brackets=True)}: {self.reason}"
         return f"{head}\n{text_table(('mechanism', 'options', 'error', 'cost', 'note'), rows)}"
 
