@@ -40,6 +40,13 @@ class MaclaurinMap(WideBuffers, ABC):
     num_kv_heads: int
     num_features: int
 
+    def __init__(self, kernel: Kernel, head_dim: int, num_kv_heads: int, num_features: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.head_dim = head_dim
+        self.num_kv_heads = num_kv_heads
+        self.num_features = num_features
+
     @property
     @abstractmethod
     def num_projections(self) -> int:
@@ -78,11 +85,7 @@ class TaylorMap(MaclaurinMap):
     """Degrees 0 and 1 exactly: D + 1 features without a projection."""
 
     def __init__(self, kernel: Kernel, head_dim: int, num_kv_heads: int) -> None:
-        super().__init__()
-        self.kernel = kernel
-        self.head_dim = head_dim
-        self.num_kv_heads = num_kv_heads
-        self.num_features = head_dim + 1
+        super().__init__(kernel, head_dim, num_kv_heads, head_dim + 1)
 
     @property
     def num_projections(self) -> int:
@@ -106,11 +109,7 @@ class _ProductMap(MaclaurinMap):
     directions: Tensor
 
     def __init__(self, kernel: Kernel, head_dim: int, num_kv_heads: int, num_features: int) -> None:
-        super().__init__()
-        self.kernel = kernel
-        self.head_dim = head_dim
-        self.num_kv_heads = num_kv_heads
-        self.num_features = num_features
+        super().__init__(kernel, head_dim, num_kv_heads, num_features)
         self.register_buffer("degrees", torch.empty(0, dtype=torch.int64))
         self.register_buffer("directions", torch.empty(0))
 
@@ -325,21 +324,21 @@ class StratifiedMap(_ProductMap):
         return 1.0 / (probability * self.tail) if probability and self.tail else 0.0
 
     def _take(self, degrees: Sequence[int]) -> None:
-        self.map = RandomMaclaurin(tuple(degrees), (1.0,) * len(degrees))
+        constant = math.sqrt(self.kernel.coefficient(0))  # of the last feature; coefficients weigh the others
+        self.map = RandomMaclaurin(tuple(degrees), (*(1.0,) * (len(degrees) - 1), constant))
 
     def maps(self, scale: float) -> PhiMaps:
         """The two maps, which differ in basis and centre."""
         of_q, of_k = (self._columns(basis, scale) for basis in (self.q_basis, self.k_basis))
-        constant = math.sqrt(self.kernel.coefficient(0))
-        return self._phi(of_q, self.q_centre, constant, None), self._phi(of_k, self.k_centre, constant, scale)
+        return self._phi(of_q, self.q_centre, None), self._phi(of_k, self.k_centre, scale)
 
     def _columns(self, basis: Tensor, scale: float) -> Tensor:
         columns = self.map.columns(basis @ self.directions, scale)
         first = self.map.counts_by_rank[0] if self.map.counts_by_rank else 0
         return torch.cat([columns[..., :first] * self.coefficients[:, None, :first], columns[..., first:]], dim=-1)
 
-    def _phi(self, columns: Tensor, centre: Tensor, constant: float, scale: float | None) -> Callable[[Tensor], Tensor]:
-        maclaurin = RandomMaclaurin(self.map.degrees, (*self.map.weights[:-1], constant))
+    def _phi(self, columns: Tensor, centre: Tensor, scale: float | None) -> Callable[[Tensor], Tensor]:
+        maclaurin = self.map
 
         def phi(x: Tensor) -> Tensor:
             if not self.centred:
