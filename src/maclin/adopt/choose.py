@@ -14,7 +14,7 @@ from maclin.adopt.exact import exact_attention, uniform_attention
 from maclin.adopt.hosts.base import AttentionCall, AttentionLayer
 from maclin.adopt.plan import EXACT, relative_cost
 from maclin.core import mechanisms as registry
-from maclin.core.calibration import held_back
+from maclin.core.design import split
 from maclin.core.errors import InputError, MaclinError, OptionError
 from maclin.core.mechanisms import Mechanism
 from maclin.records import Choice, ChoiceRow, Config, MechanismError
@@ -96,7 +96,7 @@ def choose(
     if length is not None and length < 1:
         raise OptionError(f"wanted a length of at least 1 token, got {length}")
     call = AttentionCall("", q.detach(), k.detach(), v.detach(), key_mask, is_causal, scale)
-    learning, measured = ([0], [1]) if q.shape[0] == 2 else held_back(q.shape[0])
+    learning, measured = ([0], [1]) if q.shape[0] == 2 else split(range(q.shape[0]))
     tried = trials(tensor_candidates(layer.head_dim) if candidates is None else candidates, layer)
     sample = _on_cpu(only(call, learning))
     for trial in tried:

@@ -197,14 +197,6 @@ def _radius(docs: Sequence[Document], strata: Strata, head: int) -> float:
     return x * y
 
 
-def held_back(sequences: int) -> tuple[list[int], list[int]]:
-    """Indices of the sequences to learn from and to judge on: every third is held back, all serve both below 3."""
-    every = list(range(sequences))
-    if sequences < 3:
-        return every, every
-    return [i for i in every if i % 3 != 2], [i for i in every if i % 3 == 2]
-
-
 def taken(
     indices: Sequence[int], q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

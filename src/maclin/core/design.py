@@ -23,12 +23,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import InputError
 from .kernels import Kernel
+
+T = TypeVar("T")
 
 MAX_DEGREE = 6
 """Of the monomials that are considered."""
@@ -343,8 +346,8 @@ def spread_evenly(length: int, most: int) -> Tensor:
     return ((torch.arange(most) + 0.5) * (length / most)).long()
 
 
-def split(docs: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Two thirds to learn from and one to check on; where there are too few, all for both."""
-    if len(docs) < 3:
-        return list(docs), list(docs)
-    return [d for i, d in enumerate(docs) if i % 3 != 2], [d for i, d in enumerate(docs) if i % 3 == 2]
+def split(sequences: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Those to learn from and those to check on: every third is held back; below three all serve both."""
+    if len(sequences) < 3:
+        return list(sequences), list(sequences)
+    return [s for i, s in enumerate(sequences) if i % 3 != 2], list(sequences[2::3])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from maclin.progress import Progress
 from maclin.records import Config
 
 
@@ -33,6 +35,20 @@ class Journal:
             self._known[name] = {**key, **measure()}
             self._append(name)
         return self._known[name]
+
+    def all_measured(
+        self,
+        keys: Iterable[Config],
+        measure: Callable[[Config], Config],
+        progress: Progress,
+        text: Callable[[Config], str],
+    ) -> list[Config]:
+        """``measured`` for every key in turn; ``progress`` hears ``text`` of each when it is there."""
+        cells: list[Config] = []
+        for key in keys:
+            cells.append(self.measured(key, partial(measure, key)))
+            progress.advance(text(key))
+        return cells
 
     def _append(self, name: str) -> None:
         if self._path is None:

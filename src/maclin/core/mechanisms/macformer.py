@@ -18,12 +18,11 @@ from ..calibration import (
     calibrate_exact,
     calibrate_unbiased,
     fit_temperature,
-    held_back,
     softmax_rel_error,
     taken,
 )
 from ..contract import Features, attend
-from ..design import Document, check_enough, documents
+from ..design import Document, check_enough, documents, split
 from ..errors import CapabilityError, InputError, OptionError
 from ..features import DEGREE_LAWS
 from ..kernels import Kernel
@@ -308,8 +307,8 @@ class Macformer(FeatureMechanism):
         """The kernel whose output is nearest to softmax attention, tried on sequences that were held back."""
         names = [name for name in _KERNELS if self._scale(scale) < _DOMAIN * kernel_of(name).radius]
         options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
-        known = range(q.shape[0]) if key_mask is None else key_mask.any(-1).nonzero()[:, 0].tolist()
-        learn, held = ([known[i] for i in part] for part in held_back(len(known)))
+        known = list(range(q.shape[0])) if key_mask is None else key_mask.any(-1).nonzero()[:, 0].tolist()
+        learn, held = split(known)
         errors: list[tuple[str, float]] = []
         for name in names if self.ppsbn else ("exp",):
             tried = self._like(name).calibrated(*taken(learn, q, k, v, key_mask), **options).eval()

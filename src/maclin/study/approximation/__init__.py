@@ -130,12 +130,13 @@ def run(job: ApproximationStudy, journal: Journal | None = None, progress: Progr
     journal = Journal() if journal is None else journal
     steps = Steps(progress or Silent())
     errors, latencies = Errors(job), Latencies(job)
-    cells: list[Config] = []
     keys = errors.cells()
+
+    def text(key: Config) -> str:
+        return f"{key['data']}, scale {key['scale']:g}, {key['length']} tokens, seed {key['seed']}"
+
     with steps.step("errors against exact kernel attention", len(keys)) as said:
-        for key in keys:
-            cells.append(journal.measured(key, lambda key=key: errors.measure(key)))
-            said.advance(f"{key['data']}, scale {key['scale']:g}, {key['length']} tokens, seed {key['seed']}")
+        cells = journal.all_measured(keys, errors.measure, said, text)
     timed: list[Config] = []
     with steps.step("latencies beside fused softmax") as said:
         for key in latencies.cells():

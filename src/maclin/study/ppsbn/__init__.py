@@ -163,19 +163,19 @@ def run(job: PpsbnStudy, journal: Journal | None = None, progress: Progress | No
     journal = Journal() if journal is None else journal
     steps = Steps(progress or Silent())
     problems = _Problems(job)
-    cells: list[Config] = []
     keys = list(_error_keys(job))
     with steps.step("errors of the attention output", len(keys)) as said:
-        for key in keys:
-            cells.append(journal.measured(key, lambda key=key: _error(job, key, problems)))
-            said.advance(f"{_where(key)}, {key['estimator']}")
+        cells = journal.all_measured(
+            keys, lambda key: _error(job, key, problems), said, lambda key: f"{_where(key)}, {key['estimator']}"
+        )
     task = source_task(job.length, job.num_examples, job.num_held_out)
-    runs: list[Config] = []
     keys = list(_training_keys(job))
+
+    def text(key: Config) -> str:
+        return f"{key['variant']}, batch {key['batch_size']}, rate {key['learning_rate']:g}"
+
     with steps.step("training", len(keys)) as said:
-        for key in keys:
-            runs.append(journal.measured(key, lambda key=key: _train(job, key, task)))
-            said.advance(f"{key['variant']}, batch {key['batch_size']}, rate {key['learning_rate']:g}")
+        runs = journal.all_measured(keys, lambda key: _train(job, key, task), said, text)
     trained = Cells(runs, task.task.majority_accuracy)
     return Study(
         schema_version=SCHEMA_VERSION,

@@ -168,7 +168,6 @@ def run(job: ProjectionStudy, journal: Journal | None = None, progress: Progress
     attention, latencies, trained = RealAttention(job), ProjectionLatencies(job), Trained(job)
     spectra: list[Config] = []
     errors: list[Config] = []
-    fits: list[Config] = []
     with steps.step("spectra and errors on real attention", 2 * len(job.layers)) as said:
         for layer in job.layers:
             common = {**attention.common, "layer": layer, "proj_lens": list(job.proj_lens)}
@@ -181,20 +180,19 @@ def run(job: ProjectionStudy, journal: Journal | None = None, progress: Progress
             said.advance(f"layer {layer}, errors")
     keys = _fit_keys(job, attention.common)
     with steps.step("fit learned projections", len(keys)) as said:
-        for key in keys:
-            fits.append(journal.measured(key, lambda key=key: attention.fit(key)))
-            said.advance(f"k = {key['k']}, {key['sharing']}")
+        fits = journal.all_measured(keys, attention.fit, said, lambda key: f"k = {key['k']}, {key['sharing']}")
     timed: list[Config] = []
     with steps.step("latencies beside fused softmax") as said:
         for key in latencies.cells():
             timed.append(journal.measured(key, lambda key=key: latencies.measure(key, timed, said.advance)))
-    runs: list[Config] = []
     keys = trained.cells()
+
+    def trained_text(key: Config) -> str:
+        k = "" if key["k"] is None else f", k = {key['k']}"
+        return f"{key['method']}{k}, seed {key['seed']}"
+
     with steps.step("train tiny Transformers", len(keys)) as said:
-        for key in keys:
-            runs.append(journal.measured(key, lambda key=key: trained.measure(key)))
-            k = "" if key["k"] is None else f", k = {key['k']}"
-            said.advance(f"{key['method']}{k}, seed {key['seed']}")
+        runs = journal.all_measured(keys, trained.measure, said, trained_text)
     found = Measurements(spectra, errors, fits, timed, runs, trained.task.majority_accuracy)
     return Study(
         schema_version=SCHEMA_VERSION,

@@ -121,21 +121,34 @@ def run(job: TheoryStudy, journal: Journal | None = None, progress: Progress | N
     journal = Journal() if journal is None else journal
     steps = Steps(progress or Silent())
     pairs = _pairs(job)
-    cells: list[Config] = []
     seeds = range(job.num_seeds)
-    sketched = [(s, m, i) for m in job.sketch_features for s in job.sketches for i in seeds]
-    with steps.step("simulate features of one degree", len(sketched)) as said:
-        for sketch, m, i in sketched:
-            key = _key(job, "degree", sketch=sketch, num_features=m, seed=i, max_degree=job.max_degree)
-            cells.append(journal.measured(key, lambda key=key: _measure_sketch(job, key, pairs)))
-            said.advance(f"{sketch}, {m} features")
-    drawn = [(law, m, i) for m in job.features for law in job.laws for i in seeds]
-    with steps.step("simulate features of kernels", len(drawn)) as said:
-        for law, m, i in drawn:
-            lists = {"kernels": list(job.kernels), "radii": list(job.radii)}
-            key = _key(job, "kernel", law=law, num_features=m, seed=i, **lists)
-            cells.append(journal.measured(key, lambda key=key: _measure_kernels(job, key, pairs)))
-            said.advance(f"{law}, {m} features")
+    keys = [
+        _key(job, "degree", sketch=sketch, num_features=m, seed=i, max_degree=job.max_degree)
+        for m in job.sketch_features
+        for sketch in job.sketches
+        for i in seeds
+    ]
+    with steps.step("simulate features of one degree", len(keys)) as said:
+        cells = journal.all_measured(
+            keys,
+            lambda key: _measure_sketch(job, key, pairs),
+            said,
+            lambda key: f"{key['sketch']}, {key['num_features']} features",
+        )
+    lists = {"kernels": list(job.kernels), "radii": list(job.radii)}
+    keys = [
+        _key(job, "kernel", law=law, num_features=m, seed=i, **lists)
+        for m in job.features
+        for law in job.laws
+        for i in seeds
+    ]
+    with steps.step("simulate features of kernels", len(keys)) as said:
+        cells += journal.all_measured(
+            keys,
+            lambda key: _measure_kernels(job, key, pairs),
+            said,
+            lambda key: f"{key['law']}, {key['num_features']} features",
+        )
     with steps.step("set beside the closed forms"):
         moments = {cosine: Pair.of(*pair) for cosine, pair in zip(job.cosines, pairs, strict=True)}
         degrees = degree_rows(cells, moments, job.head_dim)
