@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import maclin
-from maclin.bench import environment, interleaved
+from maclin.bench import Target, environment, interleaved, result_path
 from maclin.core.kernels import KERNELS
 from maclin.core.mechanisms.macformer import Macformer
 from maclin.core.reference import kernel_attention
@@ -40,6 +40,8 @@ CALIBRATION_DRAWS = 6
 DRAWS = 3  # of random baselines on real data
 DISTINCT = ("exp", "inv", "log", "sqrt")  # trigh is exp
 RANDOM = ("published", "kar_karnick", "favor", "rfa")
+KNOWN = 0.05  # largest standard error of a measured value that a prediction is held against
+HALVES = 100  # random halves of the documents, per head and tolerance
 PARTS = ("synthetic", "real", "kernels", "prediction", "auto", "speed")
 
 
@@ -54,16 +56,6 @@ class Row:
     radius: float
     errors: dict[str, float]
     used: int  # features that macformer kept
-
-
-@dataclass(frozen=True)
-class Target:
-    """One target: what was wanted, what was measured and how, and whether that meets it."""
-
-    name: str
-    wanted: str
-    measured: str
-    met: bool
 
 
 def rel(out: Tensor, exact: Tensor) -> float:
@@ -274,7 +266,9 @@ def prediction() -> tuple[list[Row], list[Target]]:
     """Predicted over measured error of the output, root mean square over data and draws, where it is below 1.
 
     The prediction is made on the calibration draws: in closed form for random features, on the part that was held back
-    for exact ones.
+    for exact ones. Beside it stands the standard error of the measured value: products of many random signs have long
+    tails, and where a denominator can come near 0 the mean over draws does not even exist, so that more draws do not
+    settle it.
     """
     rows: list[Row] = []
     for head_dim in WIDTHS:
@@ -285,7 +279,7 @@ def prediction() -> tuple[list[Row], list[Target]]:
                 "unbiased": {"unbiased": True},
                 "stratified": {},
             }.items():
-                measured, predicted = [], []
+                measured, predicted = list[list[float]](), list[float]()
                 for seed in range(SEEDS):
                     problem = make(kind, head_dim, radius, seed, 0)
                     data = joined([make(kind, head_dim, radius, seed, 1 + i) for i in range(CALIBRATION_DRAWS)])
@@ -296,68 +290,115 @@ def prediction() -> tuple[list[Row], list[Target]]:
                     for draw in range(1 if name == "stratified" else 32):
                         mech.resample_(seeded(100 * seed + draw))
                         draws.append(rel(mech(problem.q, problem.k, problem.v), exact) ** 2)
-                    measured.append(statistics.fmean(draws))
+                    measured.append(draws)
                     if mech.calibration is not None and name == "stratified":
                         predicted.append(mech.calibration.rel_error)
                     else:
                         predicted.append(mech.predicted_rel_error(data.q[:2], data.k[:2], data.v[:2])[0])
                 # a few draws in many carry much of the variance, so a median would not show what was predicted
-                middle = math.sqrt(statistics.fmean(measured))
+                middle = math.sqrt(statistics.fmean(square for draws in measured for square in draws))
                 errors = {"measured": middle, "predicted": math.sqrt(statistics.fmean(p * p for p in predicted))}
                 errors["predicted / measured"] = errors["predicted"] / middle
+                errors["standard error of measured"] = deviation_of(measured)
                 rows.append(Row("prediction", f"{kind}, {name}", head_dim, 256, radius, errors, 256))
                 show(rows[-1])
-    told = [row.errors["predicted / measured"] for row in rows if row.errors["measured"] < 1]
-    off = max(abs(ratio - 1) for ratio in told)
+    told = [row for row in rows if row.errors["measured"] < 1]
+
+    def off(row: Row) -> float:
+        return abs(row.errors["predicted / measured"] - 1)
+
+    def known(row: Row) -> float:
+        return row.errors["standard error of measured"]
+
+    worst, sure = max(told, key=off), [row for row in told if known(row) <= KNOWN]
     return rows, [
         Target(
             "predicted error of the output, calibration draws, against the measured one, other draws, below 1",
             "within 15 %",
-            f"worst {off:.1%} off over {len(told)} rows",
-            off <= 0.15,
+            f"worst {off(worst):.1%} off over {len(told)} rows, itself measured to {known(worst):.0%}; over the "
+            f"{len(sure)} rows measured to {KNOWN:.0%} or better {max(map(off, sure)):.1%}",
+            off(worst) <= 0.15,
         )
     ]
 
 
+def deviation_of(squares: Sequence[Sequence[float]]) -> float:
+    """Standard error of the root mean square, over it: data sets that are alike, each with its own draws."""
+    means = torch.tensor([statistics.fmean(draws) for draws in squares])
+    return float(means.std() / math.sqrt(len(means)) / means.mean() / 2)
+
+
 def auto(documents: int, tolerances: Sequence[float] = (0.1, 0.2, 0.3)) -> tuple[list[Row], list[Target]]:
-    """num_features="auto" on every second head of real q and k by itself: is the tolerance kept on other documents?"""
+    """num_features="auto" on every second head of real q and k by itself: is the tolerance kept on other documents?
+
+    A row per head whose bound keeps the tolerance: what calibration expected, what was measured, the number and the
+    smallest one. Those that were refused for the price of being sure stand among them and are summed up apart.
+    """
     data = real(num_documents=documents)
-    accepted = kept = 0
-    excess: list[float] = []
-    for tolerance in tolerances:
-        of_tolerance = [0, 0, 0]
-        for learn, held in zip(data.calibration, data.held_out, strict=True):
-            for head in range(0, held.num_heads, 2):
-                one, other = per_head(learn, head), per_head(held, head)
+    rows: list[Row] = []
+    kept: dict[bool, list[bool]] = {True: [], False: []}  # by whether it was accepted
+    excess: dict[bool, list[float]] = {True: [], False: []}
+    needed: list[float] = []
+    for learn, held in zip(data.calibration, data.held_out, strict=True):
+        for head in range(0, held.num_heads, 2):
+            one, other = per_head(learn, head), per_head(held, head)
+            exact = exact_of(other)
+            accepted: list[float] = []
+            for tolerance in tolerances:
                 mech = calibrated(macformer(one.head_dim, num_features="auto", tolerance=tolerance), one)
-                assert mech.calibration is not None
-                of_tolerance[0] += 1
-                if not mech.calibration.reached:
+                found, name = mech.calibration, f"{held.name} head {head} within {tolerance:g}"
+                assert found is not None
+                assert found.bound is not None
+                if found.bound > tolerance:
                     continue
-                exact = exact_of(other)
-                meets = rel(mech(other.q, other.k, other.v), exact) <= tolerance
-                of_tolerance[1] += 1
-                of_tolerance[2] += meets
-                excess.append(mech.num_features / smallest(one, other, exact, tolerance, mech.num_features))
-        accepted, kept = accepted + of_tolerance[1], kept + of_tolerance[2]
-        every, taken, good = of_tolerance
-        print(f"auto, tolerance {tolerance:g}: {every} heads, {taken} accepted, {good} kept", flush=True)
-    share = kept / max(accepted, 1)
-    high = sorted(excess)[int(0.95 * (len(excess) - 1))]
-    return [], [
+                reached = bool(found.reached)
+                accepted += [tolerance] * reached
+                error = rel(mech(other.q, other.k, other.v), exact)
+                least = smallest(one, other, exact, tolerance, mech.num_features)
+                kept[reached].append(error <= tolerance)
+                excess[reached].append(mech.num_features / least)
+                name += "" if reached else f", refused as {found.least} might do"
+                errors = {"expected": found.rel_error, "bound": found.bound, "measured": error}
+                rows.append(Row("auto", name, one.head_dim, least, max(found.radius), errors, mech.num_features))
+                show(rows[-1])
+            if accepted:
+                needed += of_halves(one, other, accepted)
+    share = sum(kept[True]) / max(len(kept[True]), 1)
+    refused = (
+        f"refused for the price: {sum(kept[False])} of {len(kept[False])} kept the tolerance, number over smallest"
+    )
+    for what, ratios in (
+        (refused, excess[False]),
+        ("number that one half of the documents needs over the other", needed),
+    ):
+        if ratios:
+            rows.append(Row("auto", what, data.held_out[0].head_dim, 0, 0.0, spread_of(ratios), len(ratios)))
+            show(rows[-1])
+    worst = max(excess[True], default=math.inf)
+    return rows, [
         Target(
             "num_features='auto': accepted heads that keep the tolerance on held-out documents",
             ">= 95 %",
-            f"{share:.1%} of {accepted}",
+            f"{share:.1%} of {len(kept[True])}; {len(kept[False])} more were refused for the price of being sure",
             share >= 0.95,
         ),
         Target(
             "num_features='auto': number over the smallest that would have met it",
             "<= 1.5",
-            f"median {statistics.median(excess):.2f}, 95 % below {high:.2f}, worst {max(excess):.2f}",
-            max(excess) <= 1.5,
+            ", ".join(f"{name} {value:.2f}" for name, value in spread_of(excess[True]).items()),
+            worst <= 1.5,
         ),
     ]
+
+
+def spread_of(ratios: Sequence[float]) -> dict[str, float]:
+    """Median, 95th percentile and largest."""
+    ordered = sorted(ratios) or [math.nan]
+    return {
+        "median": statistics.median(ordered),
+        "95 % below": ordered[int(0.95 * (len(ordered) - 1))],
+        "worst": ordered[-1],
+    }
 
 
 def smallest(learn: Problem, held: Problem, exact: Tensor, tolerance: float, found: int) -> int:
@@ -371,6 +412,45 @@ def smallest(learn: Problem, held: Problem, exact: Tensor, tolerance: float, fou
         else:
             low = middle
     return high
+
+
+def of_halves(one: Problem, other: Problem, tolerances: Sequence[float]) -> list[float]:
+    """How far hindsight itself is settled: the larger over the smaller number that two random halves of all need.
+
+    Every document is judged by features that were calibrated on the part it is not in, in steps of a quarter; halves
+    in which no number up to 16 D suffices are left out.
+    """
+    numbers = [one.head_dim + 1]
+    while numbers[-1] < 16 * one.head_dim:
+        numbers.append(math.ceil(1.25 * numbers[-1]))
+    squares = torch.cat([squares_of(a, b, numbers) for a, b in ((one, other), (other, one))], dim=1)
+    totals = torch.cat([exact_of(problem).square().sum((1, 2, 3)) for problem in (other, one)])
+    generator = seeded(0)
+    ratios: list[float] = []
+    for tolerance in tolerances:
+        for _ in range(HALVES):
+            order = torch.randperm(len(totals), generator=generator)
+            enough = [
+                (squares[:, half].sum(1) / totals[half].sum() <= tolerance**2).nonzero()[:, 0].tolist()
+                for half in order.chunk(2)
+            ]
+            if all(enough):
+                first, second = (numbers[found[0]] for found in enough)
+                ratios.append(max(first, second) / min(first, second))
+    return ratios
+
+
+def squares_of(learn: Problem, held: Problem, numbers: Sequence[int]) -> Tensor:
+    """Squared error of each document (numbers, documents), by numbers of features."""
+    exact = exact_of(held)
+    found: list[Tensor] = []
+    for number in numbers:
+        options: dict[str, Any] = (
+            {"num_features": number} if number > held.head_dim + 1 else {"counts": (1, held.head_dim)}
+        )
+        out = calibrated(macformer(held.head_dim, **options), learn)(held.q, held.k, held.v)
+        found.append((out.double() - exact).square().sum((1, 2, 3)))
+    return torch.stack(found)
 
 
 def speed() -> tuple[list[Row], list[Target]]:
@@ -460,8 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows, targets = rows + some, targets + its
     print()
     for target in targets:
-        verdict = "ok    " if target.met else "MISSED"
-        print(f"{verdict} {target.name}: wanted {target.wanted}, measured {target.measured}")
+        print(f"{target.verdict:6s} {target.name}: wanted {target.wanted}, measured {target.measured}")
     if given.out is not None:
         write(given.out, rows, targets)
     return 0 if all(target.met for target in targets) else 1
@@ -470,7 +549,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write(folder: Path, rows: Sequence[Row], targets: Sequence[Target]) -> None:
     where = environment()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"fidelity-{where.date_utc[:10]}-{where.num_threads}threads.json"
+    path = result_path(folder, "fidelity", where)
     record = {
         "environment": dataclasses.asdict(where),
         "targets": [dataclasses.asdict(target) for target in targets],

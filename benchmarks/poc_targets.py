@@ -14,21 +14,29 @@ import dataclasses
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import maclin
 from maclin.adopt import audit, default_config, load, packaged_model, python_documents
-from maclin.bench import break_even, environment, interleaved, peak_bytes, sweep_attention
-from maclin.records import Audit, BreakEven, Environment, Timing
+from maclin.bench import (
+    Target,
+    break_even,
+    commit,
+    environment,
+    interleaved,
+    peak_bytes,
+    result_path,
+    sweep_attention,
+    targets_table,
+)
+from maclin.records import Audit, BreakEven, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 MECHANISMS = ("macformer", "efficient", "revisited_linformer")
@@ -42,17 +50,6 @@ IMPORT_WANTED_S = 0.1
 ERROR_WANTED, WORST_WANTED = 0.75, 1.0  # of the error of mean-pool Linformer with k = 2 D
 MAKE_WANTED_S = 600.0
 BUSY_LOAD = 0.5  # processes that were running in the last minute
-
-
-@dataclass(frozen=True)
-class Target:
-    """One target: what was wanted, what was measured and how, and whether that meets it."""
-
-    name: str
-    wanted: str
-    measured: str
-    how: str
-    met: bool
 
 
 def build(name: str) -> maclin.Mechanism:
@@ -74,8 +71,8 @@ def speed_targets(timings: Sequence[Timing], found: Sequence[BreakEven]) -> list
                 f"{row.subject}: break-even",
                 f"at most {BREAK_EVEN_WANTED} tokens",
                 reasons.get(row.subject) or ("never" if row.length is None else f"{row.length} tokens"),
-                row.note,
                 row.length is not None and row.length <= BREAK_EVEN_WANTED,
+                row.note,
             )
         )
         own = latency.get((row.subject, RATIO_LENGTH))
@@ -85,8 +82,8 @@ def speed_targets(timings: Sequence[Timing], found: Sequence[BreakEven]) -> list
                 f"{row.subject}: speed-up at {RATIO_LENGTH} tokens",
                 f"at least {RATIO_WANTED:g} times",
                 reasons.get(row.subject) or "not measured" if ratio is None else f"{ratio:.1f} times",
-                "" if ratio is None else f"median of softmax {softmax:.1f} ms over median {own:.1f} ms, in turns",
                 ratio is not None and ratio >= RATIO_WANTED,
+                "" if ratio is None else f"median of softmax {softmax:.1f} ms over median {own:.1f} ms, in turns",
             )
         )
     return targets
@@ -107,9 +104,9 @@ def memory_target(name: str) -> Target:
         f"{name}: memory beyond q, k, v and out",
         f"grows by at most {MEMORY_SHARE_WANTED:g} of N x M floats",
         f"{share:.3f}",
+        share <= MEMORY_SHARE_WANTED,
         f"{' and '.join(f'{n / 2**20:.2f} MiB' for n in beyond)} at {' and '.join(map(str, MEMORY_LENGTHS))} tokens, "
         f"peak of live tensors, M = {width}",
-        share <= MEMORY_SHARE_WANTED,
     )
 
 
@@ -124,9 +121,9 @@ def error_target(found: Audit) -> Target:
         "revisited_linformer: error over mean-pool Linformer",
         f"geometric mean at most {ERROR_WANTED:g}, no layer above {WORST_WANTED:g}",
         f"{mean:.3f}, worst {worst:.3f}",
+        mean <= ERROR_WANTED and worst <= WORST_WANTED,
         f"layers {', '.join(f'{ratio:.3f}' for ratio in ratios)}; {found.num_documents} documents of up to "
         f"{found.length} tokens",
-        mean <= ERROR_WANTED and worst <= WORST_WANTED,
     )
 
 
@@ -154,9 +151,9 @@ def import_target(runs: int = 11) -> Target:
         "import maclin",
         f"adds at most {IMPORT_WANTED_S:g} s to import torch",
         f"{added:.3f} s",
+        added <= IMPORT_WANTED_S,
         f"medians of {runs} processes each, in turns: "
         f"{stats['maclin'].median_ms / 1e3:.3f} s and {stats['torch'].median_ms / 1e3:.3f} s",
-        added <= IMPORT_WANTED_S,
     )
 
 
@@ -176,36 +173,11 @@ def make_targets() -> list[Target]:
                     f"make {command}",
                     f"at most {MAKE_WANTED_S:g} s",
                     f"{seconds:.0f} s{failed}",
-                    how,
                     not done.returncode and seconds <= MAKE_WANTED_S,
+                    how,
                 )
             )
     return targets
-
-
-def table(targets: Sequence[Target]) -> str:
-    """The targets as lines of text, in columns."""
-    head = ("", "target", "wanted", "measured", "how")
-    rows = [head, *(("ok" if t.met else "MISSED", t.name, t.wanted, t.measured, t.how) for t in targets)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in rows
-    )
-
-
-def result_path(out: Path, where: Environment) -> Path:
-    """A file named by date and hardware."""
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{where.processor} {where.num_threads} threads".lower()).strip("-")
-    return out / f"poc-targets_{where.date_utc[:10]}_{hardware}.json"
-
-
-def commit() -> str | None:
-    """The commit that was measured, with "-dirty" if files differ from it; None outside a repository."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,13 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     targets.append(import_target())
     if options.make:
         targets += make_targets()
-    print(table(targets))
+    print(targets_table(targets))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        path = result_path(options.out, where)
+        path = result_path(options.out, "poc-targets", where)
         figures = {
             "environment": dataclasses.asdict(where),
-            "commit": commit(),
+            "commit": commit(ROOT),
             "load_average_before": load,
             "targets": [dataclasses.asdict(target) for target in targets],
             "timings": [dataclasses.asdict(row) for row in timings],

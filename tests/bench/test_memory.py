@@ -131,6 +131,32 @@ def test_peak_bytes_holds_results() -> None:
     assert peak_bytes(lambda: [block(2), block(3)]) == 5 * KB
 
 
+def test_scratch_memory_of_a_kernel_counts() -> None:
+    q, k, v = torch.ones(3, 1, 2, 512, 16)
+    out = q.nbytes
+    assert peak_bytes(lambda: F.scaled_dot_product_attention(q, k, v)) > 1.2 * out
+
+
+@pytest.fixture(scope="module")
+def doubled() -> Callable[[torch.Tensor], torch.Tensor]:
+    @torch.library.custom_op("maclin_test_memory::doubled", mutates_args=())
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        scratch = torch.ones(16 * KB // 4)  # 16 KiB that nobody outside sees
+        return x * scratch.mul(2)[0]
+
+    return doubled  # pyright: ignore[reportReturnType]
+
+
+def test_a_custom_operator_is_looked_into(doubled: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = block(4)
+    with MemoryTracker() as tracker:
+        result = doubled(x)
+    assert torch.equal(result, 2 * x)
+    assert tracker.largest_bytes == 16 * KB
+    assert tracker.peak_bytes == 36 * KB  # the scratch, its double, of which one number is used, and the result
+    assert peak_bytes(lambda: doubled(x)) == 36 * KB
+
+
 @pytest.mark.gpu
 def test_peak_bytes_on_cuda() -> None:
     x = torch.ones(MIB, device="cuda")

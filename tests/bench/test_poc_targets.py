@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from torch import Tensor
 
-from maclin.bench import break_even, environment
+from maclin.bench import break_even, environment, result_path, targets_table
 from maclin.records import Audit, LayerAudit, MechanismError, Timing
 
 
@@ -45,7 +45,7 @@ def test_speed(targets: ModuleType, latencies: tuple[float | None, ...], met: li
     found = targets.speed_targets(rows, break_even(rows, "attention"))
     assert [target.met for target in found] == met
     assert [target.measured for target in found] == measured
-    lines = targets.table(found).splitlines()
+    lines = targets_table(found).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["ok" if ok else "MISSED" for ok in met]
 
 
@@ -58,16 +58,16 @@ def stored_features(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_memory_that_grows_with_the_features_is_found(
     targets: ModuleType, monkeypatch: pytest.MonkeyPatch, stored: bool
 ) -> None:
-    monkeypatch.setattr(targets, "MEMORY_LENGTHS", (1024, 2048))
+    monkeypatch.setattr(targets, "MEMORY_LENGTHS", (2048, 4096))
     if stored:
         monkeypatch.setattr(targets, "build", lambda name: stored_features)
     target = targets.memory_target("efficient")
     assert target.met is not stored, target
 
 
-def test_the_file_is_named_by_date_and_hardware(targets: ModuleType) -> None:
+def test_the_file_is_named_by_date_and_hardware() -> None:
     where = environment()
-    path = targets.result_path(Path("results"), where)
+    path = result_path(Path("results"), "poc-targets", where)
     assert path.parent == Path("results")
     assert path.name.startswith(f"poc-targets_{where.date_utc[:10]}_")
     assert path.name.endswith(f"-{where.num_threads}-threads.json")

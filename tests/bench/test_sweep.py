@@ -223,8 +223,11 @@ def test_attention_is_measured_beside_fused_softmax() -> None:
         ("softmax", "attention", 16),
         ("linear", "attention", 16),
     ]
-    softmax = [row.peak_bytes for row in rows if row.subject == "softmax"]
-    assert softmax == [3 * 2 * n * 4 * 8 + 3 * 2 * n * 8 for n in (8, 16)]  # out, and the log-sum-exp of each row
+    for row in (row for row in rows if row.subject == "softmax"):
+        n = row.length
+        least = 3 * 2 * n * 4 * 8 + 3 * 2 * n * 8  # out, and the log-sum-exp of each row; the kernel has scratch, too
+        assert row.peak_bytes is not None
+        assert least <= row.peak_bytes < least + 3 * 2 * n * n * 8
     assert all(row.peak_bytes == 0 for row in rows if row.subject == "linear")
 
 
@@ -259,7 +262,9 @@ def test_grouped_heads() -> None:
     rows = sweep_attention({"linear": linear}, [64], num_heads=4, num_kv_heads=2, head_dim=8, seconds_per_point=0.01)
     assert shapes == {(1, 4, 64, 8), (1, 2, 64, 8)}
     # no weights of all pairs: out, the log-sum-exp of each row, and the repeated k and v
-    assert rows[0].peak_bytes == 4 * (4 * 64 * 8 + 4 * 64 + 2 * 4 * 64 * 8)
+    least = 4 * (4 * 64 * 8 + 4 * 64 + 2 * 4 * 64 * 8)
+    assert rows[0].peak_bytes is not None
+    assert least <= rows[0].peak_bytes < least + 4 * 4 * 64 * 64
 
 
 def test_a_softmax_of_ones_own_is_kept() -> None:

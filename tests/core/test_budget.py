@@ -43,6 +43,15 @@ def build(head_dim: int = 8, **options: Any) -> Macformer:
         ({"num_features": "auto", "tolerance": 0.1, "counts": (1, 8)}, "num_features='auto' excludes unbiased and"),
         *(
             (
+                {"num_features": "auto", "tolerance": 0.1, "confidence": x},
+                rf"confidence is {x!r}; wanted a probability from 0.5 to below 1, as 0.95: how sure the tolerance is",
+            )
+            for x in (0.49, 1.0, 95, float("nan"), True, "high")
+        ),
+        ({"confidence": 0.9}, "confidence=0.9 needs num_features='auto' with a tolerance, and it is None"),
+        ({"confidence": 0.9, "num_features": 64}, "confidence=0.9 needs num_features='auto' .* and it is 64"),
+        *(
+            (
                 {"num_features": x},
                 rf"num_features is {x!r}; wanted an integer of at least 10 \(D \+ 2\), 'auto' with a tolerance, or "
                 r"None; estimator='taylor' has D \+ 1$",
@@ -78,6 +87,7 @@ def test_options_that_do_not_go_together(options, message):
         ({}, 128),
         ({"estimator": "published"}, 128),
         ({"num_features": "auto", "tolerance": 0.1}, 9),
+        ({"num_features": "auto", "tolerance": 0.1, "confidence": 0.5}, 9),
         ({"counts": (1, 8, 5)}, 14),
         ({"counts": (1, 8.0, 36, 120)}, 165),
         ({"counts": (1, 8, 5), "num_features": 20}, 20),

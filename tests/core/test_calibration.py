@@ -1,6 +1,7 @@
 """maclin.calibrate for macformer: tolerances that hold on other data, what is said, and what must not matter."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,56 @@ def test_what_cannot_be_reached_is_said_with_the_radius(problem):
     )
 
 
+def uneven(problem: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Documents of which every fourth has logits of four times the size."""
+    q, k, v = problem("aligned", 1.0, batch=12, n=40)
+    return q * (1 + 3 * (torch.arange(12) % 4 == 3))[:, None, None, None].double(), k, v
+
+
+def test_a_number_that_costs_too_much_to_be_sure_of_is_refused_and_said(problem):
+    data = uneven(problem)
+    made = calibrate(build(num_heads=1, num_features="auto", tolerance=0.1), *data)
+    found = made.calibration
+    assert found is not None
+    assert found.least is not None
+    assert found.bound is not None
+    assert found.rel_error < found.bound <= 0.1
+    assert made.num_features > 1.25 * found.least
+    assert found.reached is False
+    assert found.note == (
+        f"{found.least} features bring the error of these sequences to 0.1, but to be 95 % sure of as many others "
+        f"takes {made.num_features}; calibrate on more sequences or pass a lower confidence, or take them with "
+        f"num_features={made.num_features}",
+    )
+    taken = calibrate(build(num_heads=1, num_features=made.num_features), *data).calibration
+    assert taken is not None
+    assert taken.counts == pytest.approx(found.counts, abs=8)
+
+
+def test_the_confidence_is_paid_for_with_features(problem):
+    data = uneven(problem)
+    used, bounds, found = list[int](), list[float](), None
+    for confidence in (0.5, 0.9, 0.999):
+        made = calibrate(build(num_heads=1, num_features="auto", tolerance=0.1, confidence=confidence), *data)
+        found = made.calibration
+        assert found is not None
+        assert found.bound is not None
+        used.append(made.num_features)
+        bounds.append(found.bound)
+        assert found.reached == (found.bound <= 0.1 and used[-1] <= 1.25 * used[0])
+        assert found.least == used[0]  # half: what the sequences themselves ask for
+        assert made.config["confidence"] == 0.95  # of what has a number now
+        assert maclin.mechanism("macformer", head_dim=8, num_heads=1, **made.config) is not None
+    assert used == sorted(used)
+    assert used[1] > 1.1 * used[0]
+    assert bounds[-1] > 0.1
+    assert found is not None
+    assert found.note[0].endswith(
+        f"sure of as many others takes more than 128 (their error may be {bounds[-1]:.2g}); calibrate on more "
+        "sequences or pass a lower confidence"
+    )
+
+
 def test_degrees_0_and_1_alone_are_said(problem):
     q, k, v = problem("isotropic", 0.3, heads=2, d=32, n=128)
     found = calibrate(build(32, num_features=40), q, k, v).calibration
@@ -129,6 +180,54 @@ def test_a_learned_temperature_is_the_least_squares_fit(qkv, kernel):
         assert found.temperature[head] == pytest.approx(min(wanted, limit), rel=1e-6)
         assert float(got[head]) == pytest.approx(min(wanted, limit), rel=1e-6)
     assert kernel == "exp" or found.temperature[3] == pytest.approx(limit)
+
+
+@pytest.mark.parametrize("rows", [40, 13])
+def test_a_causal_temperature_is_fitted_to_the_logits_that_are_seen(qkv, rows):
+    q, k, v = qkv(rows, 40, batch=3)
+    k[:, :, 25:] *= 3.0  # late keys, which few rows see
+    mask = torch.ones(3, 40, dtype=torch.bool)
+    mask[1, :9] = False
+    mech = calibrate(Macformer(8, 4, 2, temperature="learned").double(), q, k, v, mask, is_causal=True)
+    x, y = token_standardise(q), token_standardise(k)
+    assert mech.calibration is not None
+    for head in range(4):
+        target, fitted = list[Tensor](), list[Tensor]()
+        for b in range(3):
+            for i in range(rows):
+                seen = [j for j in range(i + 40 - rows + 1) if mask[b, j]]
+                if rows == 40 and not mask[b, i]:
+                    continue
+                for part, a, c in ((target, q, k), (fitted, x, y)):
+                    logits = c[b, head // 2, seen] @ a[b, head, i]
+                    part.append(logits - logits.mean())
+        (wanted,), *_ = np.linalg.lstsq(torch.cat(fitted)[:, None].numpy(), torch.cat(target).numpy(), rcond=None)
+        assert mech.calibration.temperature[head] == pytest.approx(wanted, rel=1e-6)
+    free = calibrate(Macformer(8, 4, 2, temperature="learned").double(), q, k, v, mask).calibration
+    assert free is not None
+    assert free.temperature != pytest.approx(mech.calibration.temperature, rel=1e-2)
+
+
+@pytest.mark.parametrize("kernel", ["exp", "auto"])
+def test_what_is_drawn_follows_from_the_mechanism_alone(problem, kernel):
+    """Whatever state torch's generator is in, which stays as it is; another draw of the mechanism gives another."""
+    q, k, v = problem("aligned", 0.5, heads=2)
+
+    def drawn(seed: int) -> Macformer:
+        generator = torch.Generator().manual_seed(seed)
+        return build(unbiased=True, num_features=40, kernel=kernel, ppsbn="token", generator=generator)
+
+    made = []
+    for seed in (1, 1, 2):
+        mech = drawn(seed)
+        before = torch.random.get_rng_state()
+        made.append(calibrate(mech, q, k, v))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        torch.rand(3)
+    assert same(made[0], made[1])
+    assert not torch.equal(made[0].map.get_buffer("directions"), made[2].map.get_buffer("directions"))
+    half = calibrate(drawn(1).float(), *(x.float() for x in (q, k, v)))
+    assert torch.equal(half.map.get_buffer("directions").double(), made[0].map.get_buffer("directions"))
 
 
 def test_a_temperature_brings_the_output_nearer_to_softmax(problem, rel_error):

@@ -124,7 +124,9 @@ def stratified_map(mech: maclin.Mechanism, x: Tensor, scale: float) -> Tensor:
             value = torch.full(x.shape[:-1], math.sqrt(mech.kernel.coefficient(0)), dtype=x.dtype)
         for rank in range(degree):
             column = sum(sum(d > r for d in degrees) for r in range(rank)) + i
-            value = value * torch.einsum("bhne,he->bhn", u, part["directions"][:, :, column])
+            # the bases cancel in degree 1, where all of it is exact
+            factor = x * math.sqrt(scale) if degree == 1 and not mech.config["unbiased"] else u
+            value = value * torch.einsum("bhne,he->bhn", factor, part["directions"][:, :, column])
         features.append(value)
     phi = torch.stack(features, dim=-1)
     if keys:

@@ -1,7 +1,6 @@
 """Stratified features: exact where all monomials are there, within their budget, and chosen per head."""
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -195,41 +194,3 @@ def test_without_data_squares_come_before_mixed_products():
     assert all(i < j for i, j in degree_2[4:])
     assert strata.rel_error is None
     assert [len(axes) for axes in strata.axes[1]] == [1, 4, 6, 3]
-
-
-def test_bisection_finds_the_smallest_that_will_do():
-    made: list[int] = []
-
-    def make(number: int) -> stratified.Strata:
-        made.append(number)
-        return stratified.Strata((number,), (), (), (), (), 0.5 / number, 1.0 / number)
-
-    grid = stratified._grid(5, 1000)
-    assert grid[0] == 5
-    assert grid[-1] == 1000
-    assert all(0 < b - a <= max(1, 0.05 * a + 0.5) for a, b in pairwise(grid))
-    found = stratified._first(grid, make, 0.01)
-    assert found.counts == (min(n for n in grid if n >= 100),)
-    assert len(made) < 12
-    assert stratified._first(grid, make, 1e-9).counts == (1000,)  # the largest where none will do
-    assert stratified._first(grid, make, 0.5).counts == (5,)
-
-
-@pytest.mark.parametrize("number", [2, 4, 12])
-def test_the_bound_holds_for_nineteen_in_twenty(number):
-    generator = torch.Generator().manual_seed(0)
-    held = 0
-    for _ in range(2000):
-        totals = 5 + torch.rand(number, generator=generator, dtype=torch.float64)
-        squares = totals * (0.04 + 0.01 * torch.randn(number, generator=generator, dtype=torch.float64)).clamp_min(0)
-        error, bound = stratified._with_bound(squares, totals)
-        assert error == pytest.approx(math.sqrt(float(squares.sum() / totals.sum())))
-        held += bound >= 0.2
-    assert 0.93 < held / 2000 < 1
-
-
-def test_one_document_says_little_of_others():
-    one = torch.tensor([0.01], dtype=torch.float64)
-    error, bound = stratified._with_bound(one, one * 4)
-    assert error == pytest.approx(0.5)
-    assert bound > 1.2 * error

@@ -14,7 +14,7 @@ from maclin.core import mechanisms as registry
 from maclin.core.mechanisms.base import calibrate
 from maclin.records import Config
 
-SEQUENCES, LENGTH = 16, 2048
+SEQUENCES, LENGTH = 24, 2048
 """Sequences of each layer that are kept to calibrate on, spread evenly over the documents, and tokens of each."""
 
 HELD_BYTES = 1 << 32

@@ -1,10 +1,13 @@
 """Memory that a computation takes beyond its inputs, and memory that is free to take.
 
-On CUDA the allocator keeps the peak. On the CPU nobody does, so every operation is watched: the bytes of
-all tensor storages that were allocated inside and are still alive are summed, and the largest sum is the
-peak. That is exact and does not depend on the allocator. It does not see scratch memory that a kernel
-takes and gives back inside one operation, such as the blocks of ``scaled_dot_product_attention`` or the
-packed operands of a matrix product, nor what a custom operator allocates inside, its outputs excepted.
+On CUDA the allocator keeps the peak. On the CPU torch's allocator reports every block that it gives and takes
+back, scratch memory of kernels and of custom operators included, and the largest sum is the peak. It does not see
+what a library takes by itself, such as the packed operands of a matrix product.
+
+``MemoryTracker`` watches the operations instead: it also knows the largest single tensor, and works on any device, but
+it does not see scratch memory that a kernel takes and gives back inside one operation, such as the blocks of
+``scaled_dot_product_attention``. It looks into custom operators that are written in Python with
+``torch.library.custom_op``.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._library import custom_ops as _custom_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,6 +55,9 @@ class MemoryTracker(TorchDispatchMode):
         """Run one operation, and count the storages of its results that were not among its arguments."""
         kwargs = kwargs or {}
         with self:
+            written_in_python = _python_kernel(func, args)
+            if written_in_python is not None:
+                return written_in_python(*args, **kwargs)
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -86,6 +93,18 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     ]
 
 
+def _python_kernel(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """The function behind a custom operator for the device of its arguments, or None for any other operation."""
+    if func.namespace in ("aten", "prim", "prims"):
+        return None
+    definition = getattr(_custom_ops, "OPDEFS", {}).get(func._schema.name)
+    if definition is None:
+        return None
+    devices = [leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    kernels = definition._backend_fns
+    return kernels.get(devices[0] if devices else "cpu", kernels.get(None, definition._init_fn))
+
+
 def peak_bytes(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """The largest number of bytes that ``fn`` holds at one time, beyond what was there before, results included.
 
@@ -94,7 +113,8 @@ def peak_bytes(fn: Callable[[], object], device: torch.device | str = "cpu") -> 
 
     Args:
         fn: what to measure, called once without arguments and without gradients.
-        device: where it computes; CUDA asks the allocator, everything else counts tensors (see the module).
+        device: where it computes; see the module for who counts. Where torch's reports are not to be had, and on
+            other devices, the tensors are counted.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -105,7 +125,33 @@ def peak_bytes(fn: Callable[[], object], device: torch.device | str = "cpu") -> 
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
-    return _tracked(fn).peak_bytes
+    reported = _reported(fn) if torch.device(device).type == "cpu" else None
+    return _tracked(fn).peak_bytes if reported is None else reported
+
+
+def _reported(fn: Callable[[], object]) -> int | None:
+    """The peak by the reports of torch's CPU allocator; None where they cannot be had."""
+    autograd: Any = torch.autograd  # what follows has no stubs
+    inner: Any = torch._C
+    try:
+        experimental = inner._profiler._ExperimentalConfig()
+        kind = autograd.ProfilerState.CPU
+        # memory, but no shapes, stacks, operations or modules
+        autograd._enable_profiler_legacy(autograd.ProfilerConfig(kind, False, True, False, False, False, experimental))
+    except (AttributeError, TypeError, RuntimeError):  # another torch, or somebody is profiling already
+        return None
+    records: Any = []
+    try:
+        with torch.inference_mode():
+            result = fn()
+    finally:
+        records = autograd._disable_profiler_legacy()
+    del result
+    live = top = 0
+    for record in (record for thread in records for record in thread if record.kind() == "memory_alloc"):
+        live += record.cpu_memory_usage()
+        top = max(top, live)
+    return top
 
 
 def largest_intermediate(fn: Callable[[], object]) -> int:

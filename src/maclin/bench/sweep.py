@@ -41,6 +41,7 @@ def sweep(
     max_seconds_per_run: float | None = None,
     memory_limit_bytes: int | None = None,
     check: Callable[[Callable[..., object]], str | None] | None = None,
+    timed: bool = True,
     progress: Callable[[str], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
@@ -64,6 +65,7 @@ def sweep(
         max_seconds_per_run: longest single run that is still started; 10 times ``seconds_per_point`` by default.
         memory_limit_bytes: for inputs and computation together; 80 % of what is free by default.
         check: subject -> None, or in one sentence what is wrong with its results; asked once, first.
+        timed: whether to measure latency, too; without it the records hold the memory of one run.
         progress: is told, in words, what is being done.
         clock: seconds, monotonic.
 
@@ -85,7 +87,7 @@ def sweep(
             wrong = check(subject)
             if wrong is not None:
                 refused[name] = wrong
-    runner = _Runner(scope, before or {}, device, seconds_per_point, clock, say)
+    runner = _Runner(scope, before or {}, device, seconds_per_point, timed, clock, say)
     history = {name: _History() for name in subjects}
     timings: list[Timing] = []
     for length in lengths:
@@ -105,10 +107,10 @@ def sweep(
         for name in subjects:
             row = rows[name]
             timings.append(row)
-            if row.latency_ms is None:
+            if row.reason is not None:
                 say(f"{name} at {length}: {row.reason}")
                 continue
-            history[name].seconds[length] = row.latency_ms / 1e3
+            history[name].seconds[length] = runner.first_s[name] if row.latency_ms is None else row.latency_ms / 1e3
             history[name].bytes[length] = row.peak_bytes or 0
     return timings
 
@@ -121,8 +123,10 @@ class _Runner:
     before: Mapping[str, Callable[[], object]]
     device: torch.device | str
     seconds_per_point: float
+    timed: bool
     clock: Callable[[], float]
     say: Callable[[str], None]
+    first_s: dict[str, float] = field(default_factory=dict)  # of the latest first run
 
     def measure(
         self,
@@ -151,7 +155,10 @@ class _Runner:
             except (CapabilityError, RuntimeError) as error:
                 rows |= self._failed([name], length, error)
                 continue
-            if self.clock() - start > self.seconds_per_point:
+            self.first_s[name] = self.clock() - start
+            if not self.timed:
+                rows[name] = Timing(name, self.scope, length, None, peak_bytes=peaks.pop(name))
+            elif self.first_s[name] > self.seconds_per_point:
                 slow.append(name)
         # A first run can be slow for reasons of its own: what turns out fast the next time joins the others.
         for name in slow:

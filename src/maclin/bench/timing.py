@@ -66,7 +66,7 @@ def interleaved(
     prepare = before or {}
     latencies_ms: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
-    gc.collect()
+    gc.collect(1)  # what is young; a full collection would take longer than many a subject
     gc.disable()
     try:
         with torch.inference_mode():

@@ -11,6 +11,8 @@ import typer
 import maclin
 
 from . import console
+from .arena import app as arena
+from .bench import app as bench
 from .diagnose import diagnose
 from .mechanisms import mechanisms
 from .poc import poc
@@ -30,6 +32,8 @@ app.command()(diagnose)
 app.command()(roi)
 app.command()(mechanisms)
 app.add_typer(study)
+app.add_typer(bench)
+app.add_typer(arena)
 
 
 def _version(wanted: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .confidence import CONFIDENCE
 from .errors import OptionError
 from .kernels import Kernel
 
@@ -21,6 +22,7 @@ def num_features_of(
     unbiased: bool,
     counts: Sequence[int] | None,
     centred: bool,
+    confidence: float = CONFIDENCE,
 ) -> int:
     """The number of features that these options allow before calibration.
 
@@ -42,6 +44,7 @@ def num_features_of(
             "into a factor: pass centred=False"
         )
     _check_tolerance(num_features, tolerance)
+    _check_confidence(num_features, confidence)
     if num_features == "auto":
         if unbiased or counts is not None:
             raise OptionError(f"{_NAME}: num_features='auto' excludes unbiased and counts, which fix the features")
@@ -75,6 +78,18 @@ def _check_tolerance(num_features: object, tolerance: float | None) -> None:
         raise OptionError(f"{_NAME}: tolerance={tolerance:g} needs num_features='auto', and it is {num_features!r}")
     if not 0 < tolerance < 1:
         raise OptionError(f"{_NAME}: tolerance is {tolerance:g}; wanted a relative error between 0 and 1, 0.1 is 10 %")
+
+
+def _check_confidence(num_features: object, confidence: object) -> None:
+    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0.5 <= confidence < 1:
+        raise OptionError(
+            f"{_NAME}: confidence is {confidence!r}; wanted a probability from 0.5 to below 1, as 0.95: how sure the "
+            "tolerance is to be kept on other sequences"
+        )
+    if confidence != CONFIDENCE and num_features != "auto":
+        raise OptionError(
+            f"{_NAME}: confidence={confidence:g} needs num_features='auto' with a tolerance, and it is {num_features!r}"
+        )
 
 
 def _check_counts(counts: Sequence[int], head_dim: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,18 +11,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .confidence import CONFIDENCE
 from .design import Document, basis_of, spread_evenly
 from .kernels import Kernel
-from .maps import FLOOR, StratifiedMap
+from .maps import FLOOR, MaclaurinMap, StratifiedMap
 from .prediction import OutputMoments, predicted_rel_error
 from .reference import softmax_attention
+from .selection import Selection
 from .stratified import Layer, Strata
 from .unbiased import counts_of
 
 FEATURES_PER_AXIS = 16
 """Largest number of features that "auto" tries, over the width of a head: the affordable number."""
 
-_KEPT = 0.9  # of the tolerance, by the bound: single documents are worse than their spread in a small sample tells
+MOST_PAID = 1.25
+"""Largest price of being sure: the number of features over the one that the calibration data themselves ask for."""
+
 _FITTED_ROWS, _FITTED_SEQUENCES = 128, 16  # that a temperature is fitted to
 _COUNTED = 8  # degrees whose variance is measured; those above are extrapolated
 
@@ -33,15 +38,19 @@ class Calibration:
     Attributes:
         num_features: M that is used.
         counts: of them, per degree.
-        rel_error: relative error of the layer's attention output against exact kernel attention on the part of the
-            data that was held back; for random features the one that is predicted.
+        rel_error: relative error of the layer's attention output against exact kernel attention on sequences that had
+            no say: a third that was held back, with num_features="auto" each in turn; for random features the one
+            that is predicted.
         rel_error_by_head: the same per key head.
         highest: per key head, the highest degree that is used; -1 is plain averaging, where any degree would harm.
         radius: per key head, largest |x - c_q| times largest |y - c_k|, temperature and scale included.
         tolerance: what was asked for with num_features="auto", otherwise None.
-        bound: of rel_error on other documents of the same kind, with one chance in forty of more; None for random
-            features.
-        reached: whether the bound is within 0.9 of the tolerance; None without one.
+        bound: of rel_error on as many other documents of the same kind, as sure as ``confidence`` says; None for
+            random features.
+        least: with a tolerance, the number of features from which on rel_error is within it, without the margin of
+            the bound; None where no number is.
+        reached: whether the bound is within the tolerance, and num_features at most 1.25 times ``least``: beyond, the
+            data do not say which number it takes. None without a tolerance.
         note: what is worth saying, one sentence each.
         kernels: with kernel="auto", per kernel its relative error against softmax attention, the best first.
         temperature: per query head, where it is learned: what was fitted to the logits.
@@ -59,6 +68,7 @@ class Calibration:
     kernels: tuple[tuple[str, float], ...] = ()
     temperature: tuple[float, ...] = ()
     bound: float | None = None
+    least: int | None = None
 
 
 def calibrate_exact(
@@ -69,26 +79,34 @@ def calibrate_exact(
     num_features: int | Literal["auto"],
     tolerance: float | None,
     counts: Sequence[int] | None,
+    confidence: float = CONFIDENCE,
 ) -> tuple[StratifiedMap, Calibration]:
     """The stratified map that serves these documents best, one list of them per key head."""
     head_dim = docs[0][0].y.shape[1]
-    most = FEATURES_PER_AXIS * head_dim if num_features == "auto" else num_features
-    layer = Layer(docs, kernel, most, FLOOR if kernel.is_exponential else 0.0, counts or ())
-    if counts is not None:
-        strata = layer.strata(counts)
-    elif num_features == "auto":
+    floor = FLOOR if kernel.is_exponential else 0.0
+    least: int | None = None
+    if num_features == "auto":
         assert tolerance is not None
-        strata = layer.within(_KEPT * tolerance, head_dim + 1, most)
+        found = Selection(docs, kernel, FEATURES_PER_AXIS * head_dim, floor, confidence).within(tolerance, head_dim + 1)
+        strata, least = found.strata, found.least
     else:
-        strata = layer.best(num_features)
+        layer = Layer(docs, kernel, num_features, floor, counts or ())
+        strata = layer.best(num_features) if counts is None else layer.strata(counts)
     made = StratifiedMap(kernel, head_dim, len(docs), strata.counts, centred=kernel.is_exponential)
     made.set_(strata, scale)
     radius = tuple(_radius(head, strata, i) for i, head in enumerate(docs))
     assert strata.rel_error is not None
     assert strata.bound is not None
-    reached = None if tolerance is None else strata.bound <= _KEPT * tolerance
+    used = sum(strata.counts)
+    if tolerance is None:
+        reached, notes = None, _of_number(strata, num_features if counts is None else used)
+    else:
+        reached = strata.bound <= tolerance and least is not None and used <= MOST_PAID * least
+        notes = (
+            () if reached else (_why_not(strata, tolerance, least, confidence, FEATURES_PER_AXIS * head_dim, radius),)
+        )
     return made, Calibration(
-        sum(strata.counts),
+        used,
         strata.counts,
         strata.rel_error,
         strata.rel_errors,
@@ -96,45 +114,60 @@ def calibrate_exact(
         radius,
         tolerance,
         reached,
-        _notes(strata, num_features if counts is None else sum(counts), most, tolerance, reached, radius),
+        (*notes, *_of_heads(strata, radius)),
         bound=strata.bound,
+        least=least,
     )
 
 
-def _notes(
-    strata: Strata,
-    num_features: int | Literal["auto"],
-    most: int,
-    tolerance: float | None,
-    reached: bool | None,
-    radius: Sequence[float],
-) -> tuple[str, ...]:
-    notes: list[str] = []
-    used = sum(strata.counts)
-    if reached is False:
-        notes.append(
+def _why_not(
+    strata: Strata, tolerance: float, least: int | None, confidence: float, most: int, radius: Sequence[float]
+) -> str:
+    if least is None:
+        return (
             f"no number of features up to {most} brings the error to {tolerance:g}: it stays at "
             f"{strata.rel_error:.2g}, and up to {strata.bound:.2g} on other sequences, because the radius is "
             f"{max(radius):.2g}; keep this layer exact or take another mechanism"
         )
-    elif num_features != "auto" and len(strata.counts) == 2 and used < num_features:
-        notes.append(
-            f"uses the {used} features of degrees 0 and 1 out of {num_features}: more would bring the error down by "
-            "less than 5 %"
-        )
+    number = sum(strata.counts)
+    settled = strata.bound is not None and strata.bound <= tolerance
+    return (
+        f"{least} features bring the error of these sequences to {tolerance:g}, but to be {100 * confidence:g} % sure "
+        f"of as many others takes "
+        + (f"{number}" if settled else f"more than {most} (their error may be {strata.bound:.2g})")
+        + "; calibrate on more sequences or pass a lower confidence"
+        + (f", or take them with num_features={number}" if settled else "")
+    )
+
+
+def _of_number(strata: Strata, num_features: int | Literal["auto"]) -> tuple[str, ...]:
+    used = sum(strata.counts)
+    if num_features == "auto" or len(strata.counts) > 2 or used >= num_features:
+        return ()
+    return (
+        f"uses the {used} features of degrees 0 and 1 out of {num_features}: more would bring the error down by "
+        "less than 5 %",
+    )
+
+
+def _of_heads(strata: Strata, radius: Sequence[float]) -> tuple[str, ...]:
     average = [i for i, degree in enumerate(strata.highest) if degree < 1]
-    if average:
-        notes.append(
-            f"key heads {average}: every degree beyond averaging harms (radius {max(radius[i] for i in average):.2g}), "
-            "so they average the values"
-        )
-    return tuple(notes)
+    if not average:
+        return ()
+    return (
+        f"key heads {average}: every degree beyond averaging harms (radius {max(radius[i] for i in average):.2g}), "
+        "so they average the values",
+    )
 
 
 def calibrate_unbiased(
-    docs: Sequence[Sequence[Document]], kernel: Kernel, scale: float, num_features: int
+    docs: Sequence[Sequence[Document]],
+    kernel: Kernel,
+    scale: float,
+    num_features: int,
+    generator: torch.Generator | None = None,
 ) -> tuple[StratifiedMap, Calibration]:
-    """The unbiased map whose counts leave the least variance on these documents; drawn from torch's generator."""
+    """The unbiased map whose counts leave the least variance on these documents; None draws from torch's generator."""
     head_dim = docs[0][0].y.shape[1]
     bases = [basis_of(head, kernel.is_exponential) for head in docs]
     variances = torch.zeros(_COUNTED + 1, dtype=torch.float64)
@@ -150,9 +183,8 @@ def calibrate_unbiased(
         return math.sqrt(float(variances[known]) * growth ** (degree - known))
 
     counts = counts_of(kernel, head_dim, num_features, deviation)
-    made = StratifiedMap(
-        kernel, head_dim, len(docs), counts, num_features - sum(counts), growth, centred=kernel.is_exponential
-    )
+    tail = num_features - sum(counts)
+    made = StratifiedMap(kernel, head_dim, len(docs), counts, tail, growth, kernel.is_exponential, generator)
     whole = (len(counts) - 1,) * len(docs)
     strata = Strata(counts, (), whole, tuple(bases))
     made.set_(strata, scale)
@@ -162,10 +194,18 @@ def calibrate_unbiased(
     return made, Calibration(num_features, counts, whole_error, errors, whole, radius)
 
 
-def fit_temperature(logits_q: Tensor, logits_k: Tensor, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+def generator_of(features: MaclaurinMap) -> torch.Generator:
+    """A generator seeded by the directions of a map: what is drawn anew follows from what was drawn, in any dtype."""
+    directions = dict(features.named_buffers()).get("directions", torch.empty(0))
+    return torch.Generator().manual_seed(zlib.crc32(directions.detach().cpu().float().numpy().tobytes()))
+
+
+def fit_temperature(
+    logits_q: Tensor, logits_k: Tensor, q: Tensor, k: Tensor, key_mask: Tensor | None, is_causal: bool = False
+) -> Tensor:
     """Per query head, the factor of <q, k> that comes nearest to the logits <logits_q, logits_k>, least squares.
 
-    Each row of logits counts up to a constant, which softmax ignores.
+    Each row of logits counts up to a constant, which softmax ignores, and with the keys that it may attend to.
 
     Shape: logits_q, q (B, H, N, D), logits_k, k (B, Hk, S, D), key_mask (B, S) -> (H,).
     """
@@ -175,11 +215,15 @@ def fit_temperature(logits_q: Tensor, logits_k: Tensor, q: Tensor, k: Tensor, ke
         keys = torch.arange(k.shape[2]) if key_mask is None else key_mask[b].nonzero()[:, 0].cpu()
         rows = keys if q.shape[2] == k.shape[2] else torch.arange(q.shape[2])  # not those of padding
         rows = rows[spread_evenly(len(rows), _FITTED_ROWS)]
+        allowed = torch.ones(len(rows), len(keys), dtype=torch.float64, device=q.device)
+        if is_causal:
+            allowed *= (keys[None] <= rows[:, None] + (k.shape[2] - q.shape[2])).to(allowed)
+        number = allowed.sum(-1, keepdim=True).clamp_min(1.0)
         target, fitted = (
             x[b][:, rows].double() @ y[b][:, keys].double().repeat_interleave(groups, 0).mT
             for x, y in ((logits_q, logits_k), (q, k))
         )
-        target, fitted = (t - t.mean(-1, keepdim=True) for t in (target, fitted))
+        target, fitted = (allowed * (t - (allowed * t).sum(-1, keepdim=True) / number) for t in (target, fitted))
         above += (target * fitted).sum((1, 2)).cpu()
         below += (fitted * fitted).sum((1, 2)).cpu()
     return above / below.clamp_min(1e-300)

@@ -42,6 +42,12 @@ def attend_causal(
     if offset:
         prefix_mask = None if key_mask is None else key_mask[:, :offset]
         total = accumulate(k[:, :, :offset], v[:, :, :offset], features, prefix_mask, total)
+    fast = features.fast
+    if fast is not None and fast.has_causal and features.normaliser == "sum" and q.numel():
+        mask = None if key_mask is None else key_mask[:, offset:]
+        out, kv, z = fast.causal(q, k[:, :, offset:], v[:, :, offset:], mask, total.kv, total.z, features.floor)
+        new = total.count.new_full((q.shape[0],), q.shape[2]) if mask is None else mask.sum(-1)
+        return out.to(v.dtype), Sums(kv, z, total.log_scale, total.count + new)
     out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
     for start in range(0, q.shape[-2], _CHUNK):
         stop = min(start + _CHUNK, q.shape[-2])

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from torch import Tensor
 from . import statistics
 from .algebra import accumulation_dtype, exp_difference, finite, grouped, per_key_head, top_of, wide
 from .blocks import OutBlocks, token_blocks
+from .fast.maps import Maps
 
 _LEAST_BYTES, _MOST_BYTES = 1 << 20, 1 << 21  # of the features of a block; see docs/log.md
 
@@ -56,6 +57,8 @@ class Features:
         num_projections: inner products with a vector of width D that making the features of a token takes.
         post: block of out (B, H, n, Dv) -> the same shape, applied last.
         floor: least denominator, in shares of what the last feature gives it; 0 for none. Outside the log domain.
+        maps: the same maps as numbers and tensors, where there is such a form; everything then runs block by block in
+            operators of their own (``core.fast``), unless somebody counts what is guarded.
     """
 
     query: Callable[[Tensor], Tensor]
@@ -67,6 +70,17 @@ class Features:
     num_projections: int = 0
     post: Callable[[Tensor], Tensor] | None = None
     floor: float = 0.0
+    maps: Maps | None = None
+
+    @classmethod
+    def of(cls, maps: Maps, num_features: int, **options: Any) -> Features:
+        """The features that maps make; ``options`` are fields."""
+        return cls(maps.of_queries, maps.of_keys, num_features, maps.key_spec.log_domain, maps=maps, **options)
+
+    @property
+    def fast(self) -> Maps | None:
+        """The maps, where the blocked operators are to be used."""
+        return None if statistics.asked() or self.log_gate is not None else self.maps
 
 
 class Sums(NamedTuple):
@@ -135,6 +149,12 @@ def accumulate(k: Tensor, v: Tensor, features: Features, key_mask: Tensor | None
 
     Cost: S x M x (Dv + 1) multiply-adds per key head, plus the features.
     """
+    if features.fast is not None and k.shape[2] and k.shape[0]:
+        count = v.new_full((k.shape[0],), k.shape[2], dtype=accumulation_dtype(v.dtype))
+        if key_mask is not None:
+            count = key_mask.sum(-1).to(count.dtype)
+        found = Sums(*features.fast.accumulate(k, v, key_mask), count)
+        return found if sums is None else merge(sums, found)
     total = empty_sums(k, v, features) if sums is None else sums
     for tokens in _blocks(k, v, features):
         mask = None if key_mask is None else key_mask[:, tokens]
@@ -248,10 +268,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor
 
 def read_all(q: Tensor, sums: Sums, features: Features, v: Tensor) -> Tensor:
     """All queries read the sums, block by block; v gives out its dtype and width."""
+    if features.fast is not None and q.numel():
+        return _read_fast(q, sums, features, features.fast).to(v.dtype)
     out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
     for tokens in _blocks(q, v, features):
         put(out, read(q[:, :, tokens], sums, features), features)
     return out.whole()
+
+
+def _read_fast(q: Tensor, sums: Sums, features: Features, maps: Maps) -> Tensor:
+    """``read_all`` by the blocked operator, which knows sums and a denominator; other normalisers become such sums."""
+    kv, z, log_scale = sums.kv, sums.z, sums.log_scale
+    if features.normaliser == "count":
+        kv = kv / sums.count.clamp_min(1.0)[:, None, None, None]
+    elif features.normaliser == "channel":
+        # exp(log_scale) cancels between kv and z; a feature without keys has z = 0 and kv = 0
+        kv = kv / torch.where(z == 0, torch.ones_like(z), z)[..., None]
+        z = (sums.count > 0).to(z.dtype)[:, None, None].expand_as(z)
+        log_scale = log_scale[..., :0]
+    return maps.read(q, kv, z, log_scale, features.floor)
 
 
 def linear_reading(phi: Tensor, kv: Tensor, z: Tensor, count: Tensor, features: Features) -> Reading:

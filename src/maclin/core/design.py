@@ -36,7 +36,7 @@ T = TypeVar("T")
 MAX_DEGREE = 6
 """Of the monomials that are considered."""
 
-_DOCUMENTS, _ROWS, _KEYS = 18, 96, 2048  # at most so many are looked at, which bounds the time and the memory
+_DOCUMENTS, _ROWS, _KEYS = 24, 96, 2048  # at most so many are looked at, which bounds the time and the memory
 _LEAST_TOKENS = 4  # per axis of the head, before second moments say anything
 _MOST_GAINED = 0.1  # of |o_i|^2 by one monomial: in a row where the series does not converge, none is worth much
 _SIGNIFICANT = 4.0  # squared standard errors by which a centre must differ from 0
@@ -82,6 +82,15 @@ class Monomials:
 
     axes: tuple[Tensor, ...]
     worth: tuple[Tensor, ...]
+
+    @classmethod
+    def ordered(cls, axes: Sequence[Tensor], worth: Sequence[Tensor], total: float) -> Monomials:
+        """By worth, given in any order as a squared error; ``total`` is ||out||^2."""
+        order = [w.argsort(descending=True) for w in worth]
+        return cls(
+            tuple(chosen[o] for chosen, o in zip(axes, order, strict=True)),
+            tuple(w[o] / max(total, 1e-300) for w, o in zip(worth, order, strict=True)),
+        )
 
 
 def documents(x: Tensor, y: Tensor, v: Tensor, key_mask: Tensor | None, is_causal: bool, head: int) -> list[Document]:
@@ -190,26 +199,30 @@ def monomials(u: Tensor, axes: Sequence[Tensor], kernel: Kernel) -> list[Tensor]
 
 def appraise(docs: Sequence[Document], basis: Basis, kernel: Kernel, axes: Sequence[Tensor]) -> Monomials:
     """What each candidate is worth on the documents; the candidates of each degree are ordered by it."""
-    worth = [torch.zeros(len(chosen), dtype=torch.float64) for chosen in axes]
-    total = 0.0
-    for doc in docs:
+    worth, totals = worths(docs, basis, kernel, axes)
+    return Monomials.ordered(axes, [w.sum(0) for w in worth], float(totals.sum()))
+
+
+def worths(
+    docs: Sequence[Document], basis: Basis, kernel: Kernel, axes: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Per degree the squared error that each candidate saves each document (documents, count), and its ||out||^2."""
+    worth = [torch.zeros(len(docs), len(chosen), dtype=torch.float64) for chosen in axes]
+    totals = torch.zeros(len(docs), dtype=torch.float64)
+    for i, doc in enumerate(docs):
         exact = Exact(doc, basis, kernel)
-        of_x = monomials(exact.u.float(), axes, kernel)  # what decides an order needs no more digits
-        of_y = monomials(exact.w.float(), axes, kernel)
+        both = monomials(torch.cat([exact.u, exact.w]).float(), axes, kernel)  # an order needs no more digits
         of_out = exact.out.square().sum(-1, keepdim=True)
-        total += float(of_out.sum())
-        for degree, (p, psi) in enumerate(zip(of_x, of_y, strict=True)):
+        totals[i] = of_out.sum()
+        for degree, values in enumerate(both):
+            p, psi = values[: len(exact.u)], values[len(exact.u) :]
             for rows, kv, z in _sums_seen(psi * exact.h[:, None].float(), doc):
                 out, square_of_out = exact.out[rows].float(), of_out[rows]
                 # ||kv - z o_i||^2 without making it for every pair
                 square = (kv * kv).sum(-1) - 2 * (out @ kv.mT) * z + square_of_out * z * z
                 gained = (p[rows].double() / exact.total[rows, None]).square() * square.clamp_min(0)
-                worth[degree] += torch.minimum(gained, _MOST_GAINED * square_of_out).sum(0)
-    order = [w.argsort(descending=True) for w in worth]
-    return Monomials(
-        tuple(chosen[o] for chosen, o in zip(axes, order, strict=True)),
-        tuple(w[o] / max(total, 1e-300) for w, o in zip(worth, order, strict=True)),
-    )
+                worth[degree][i] += torch.minimum(gained, _MOST_GAINED * square_of_out).sum(0)
+    return worth, totals
 
 
 def allocate(
@@ -255,9 +268,8 @@ def truncation(
         uniform = exact.allowed / exact.allowed.sum(-1, keepdim=True)
         squares[0] += (uniform @ doc.v - exact.out).square().sum()
         similarity = torch.zeros_like(exact.allowed)
-        parts = zip(monomials(exact.u, axes, kernel), monomials(exact.w, axes, kernel), strict=True)
-        for degree, (p, psi) in enumerate(parts):
-            similarity = similarity + p @ psi.mT
+        for degree, values in enumerate(monomials(torch.cat([exact.u, exact.w]), axes, kernel)):
+            similarity = similarity + values[: len(exact.u)] @ values[len(exact.u) :].mT
             weights = similarity * exact.h * exact.allowed
             constant = kernel.coefficient(0) * exact.h * exact.allowed
             out = shrunk(weights, constant, floor) @ doc.v

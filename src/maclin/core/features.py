@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ class RandomMaclaurin:
         """Rademacher vectors per head: the sum of the degrees."""
         return sum(self.degrees)
 
-    @cached_property
+    @property
     def counts_by_rank(self) -> list[int]:
         """How many features have degree >= 1, >= 2, and so on."""
         return [sum(degree >= rank for degree in self.degrees) for rank in range(1, max(self.degrees, default=0) + 1)]

@@ -8,28 +8,33 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import statistics
-from .algebra import grouped
 from .design import Basis
-from .features import DEGREE_LAWS, PUBLISHED_MAX_DEGREE, RandomMaclaurin, rademacher, taylor_features
+from .fast.maps import Maps
+from .fast.spec import Side, Spec
+from .features import DEGREE_LAWS, PUBLISHED_MAX_DEGREE, RandomMaclaurin, rademacher
 from .kernels import Kernel
 from .norms import WideBuffers
 from .stratified import Strata, degrees_of, plain_basis, without_data
 from .unbiased import draw_degrees, tail_law
 
-PhiMaps = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-
 FLOOR = 0.7
 """Of the denominator where keys are centred, in shares of that of plain averaging. By Jensen's inequality the true one
 is at least 1 where the centre is the mean of the keys at hand; it is that of the calibration data."""
 
-_MOST_EXPONENT = 60.0  # of a key's weight: float32 holds exp(60) times the sums over it
+
+def first_order_maps(kernel: Kernel, scale: float, num_kv_heads: int, head_dim: int) -> Maps:
+    """phi(x) = [sqrt(a_1 scale) x, sqrt(a_0)] on both sides, so <phi(x), phi(y)> = a_0 + a_1 scale <x, y>."""
+    spec = Spec("product", constants=1, linear=True)
+    constant, slope = math.sqrt(kernel.coefficient(0)), math.sqrt(kernel.coefficient(1) * scale)
+    weights = torch.tensor([slope] * head_dim + [constant], dtype=torch.float64).expand(num_kv_heads, -1)
+    return Maps(spec, spec, q_weights=weights, k_weights=weights)
 
 
 class MaclaurinMap(WideBuffers, ABC):
@@ -53,8 +58,13 @@ class MaclaurinMap(WideBuffers, ABC):
         """Inner products with a vector of width D that the features of a token take."""
 
     @abstractmethod
-    def maps(self, scale: float) -> PhiMaps:
+    def maps(self, scale: float) -> Maps:
         """The maps of q and k for this scale of <q, k>."""
+
+    @property
+    @abstractmethod
+    def powers(self) -> tuple[int, ...]:
+        """The degree of each feature, as ``maps`` orders them."""
 
     @property
     def floor(self) -> float:
@@ -92,14 +102,14 @@ class TaylorMap(MaclaurinMap):
         """None: the vector itself is the features."""
         return 0
 
-    def maps(self, scale: float) -> PhiMaps:
-        """phi(x) = [sqrt(a_0), sqrt(a_1 scale^(1/2)) x] on both sides."""
-        half = math.sqrt(scale)
+    @property
+    def powers(self) -> tuple[int, ...]:
+        """The vector itself, then the constant."""
+        return (*(1,) * self.head_dim, 0)
 
-        def phi(x: Tensor) -> Tensor:
-            return taylor_features(x * half, self.kernel)
-
-        return phi, phi
+    def maps(self, scale: float) -> Maps:
+        """See ``first_order_maps``."""
+        return first_order_maps(self.kernel, scale, self.num_kv_heads, self.head_dim)
 
 
 class _ProductMap(MaclaurinMap):
@@ -107,6 +117,7 @@ class _ProductMap(MaclaurinMap):
 
     degrees: Tensor
     directions: Tensor
+    map: RandomMaclaurin
 
     def __init__(self, kernel: Kernel, head_dim: int, num_kv_heads: int, num_features: int) -> None:
         super().__init__(kernel, head_dim, num_kv_heads, num_features)
@@ -121,6 +132,11 @@ class _ProductMap(MaclaurinMap):
     @abstractmethod
     def _take(self, degrees: Sequence[int]) -> None:
         """Prepare for features of these degrees, the highest first."""
+
+    @property
+    def powers(self) -> tuple[int, ...]:
+        """Descending."""
+        return self.map.degrees
 
     def _load_from_state_dict(
         self,
@@ -175,15 +191,19 @@ class DrawnMap(_ProductMap):
         degrees = range(int(self.law == "published"), PUBLISHED_MAX_DEGREE + 1)
         return number, {n: expected(n, self.num_features) / number for n in degrees}
 
-    def maps(self, scale: float) -> PhiMaps:
+    def maps(self, scale: float) -> Maps:
         """One map for both sides."""
-        maclaurin = self.map
-        columns = maclaurin.columns(self.directions, scale)
+        spec, side = by_rank(self.map), Side(self.map.columns(self.directions, scale))
+        first = spec.ranks[0] if spec.ranks else 0
+        values = [1.0] * first + list(self.map.weights[first:])
+        weights = torch.tensor(values, dtype=torch.float64, device=self.directions.device).expand(self.num_kv_heads, -1)
+        return Maps(spec, spec, side, side, weights, weights)
 
-        def phi(x: Tensor) -> Tensor:
-            return maclaurin(x, columns.to(x.dtype))
 
-        return phi, phi
+def by_rank(maclaurin: RandomMaclaurin) -> Spec:
+    """Of features whose columns ``RandomMaclaurin.columns`` lays out."""
+    ranks = tuple(maclaurin.counts_by_rank)
+    return Spec("product", ranks=ranks, constants=len(maclaurin.degrees) - (ranks[0] if ranks else 0))
 
 
 class StratifiedMap(_ProductMap):
@@ -212,6 +232,8 @@ class StratifiedMap(_ProductMap):
     k_basis: Tensor
     q_centre: Tensor
     k_centre: Tensor
+    axes: Tensor
+    index: Tensor
 
     def __init__(
         self,
@@ -231,6 +253,8 @@ class StratifiedMap(_ProductMap):
         self.num_exact = self._num_exact()
         self.register_buffer("coefficients", torch.empty(0))
         self.register_buffer("growth", torch.tensor(growth))
+        self.register_buffer("axes", torch.empty(0), persistent=False)
+        self.register_buffer("index", torch.empty(0, dtype=torch.int64), persistent=False)
         eye = torch.eye(head_dim).expand(num_kv_heads, -1, -1)
         self.register_buffer("q_basis", eye.clone())
         self.register_buffer("k_basis", eye.clone())
@@ -286,6 +310,7 @@ class StratifiedMap(_ProductMap):
             self.degrees = torch.tensor(self.map.degrees, device=self.degrees.device)
             self.directions = directions.to(self.directions)
             self.coefficients = coefficients.to(self.coefficients)
+            self._gather()
 
     def resample_(self, generator: torch.Generator | None = None) -> None:
         """Draw new directions, and new degrees of the tail; nothing is drawn without one."""
@@ -327,30 +352,69 @@ class StratifiedMap(_ProductMap):
         constant = math.sqrt(self.kernel.coefficient(0))  # of the last feature; coefficients weigh the others
         self.map = RandomMaclaurin(tuple(degrees), (*(1.0,) * (len(degrees) - 1), constant))
 
-    def maps(self, scale: float) -> PhiMaps:
+    @property
+    def powers(self) -> tuple[int, ...]:
+        """Descending; where all are exact, degree 1 stands first."""
+        if self.tail is not None:
+            return super().powers
+        high = tuple(n for n in self.map.degrees if n > 1)
+        return (*(1,) * self.head_dim, *high, 0)
+
+    def maps(self, scale: float) -> Maps:
         """The two maps, which differ in basis and centre."""
-        of_q, of_k = (self._columns(basis, scale) for basis in (self.q_basis, self.k_basis))
-        return self._phi(of_q, self.q_centre, None), self._phi(of_k, self.k_centre, scale)
+        spec, weights, columns, index = self._exact(scale) if self.tail is None else self._drawn(scale)
+        sides: list[Side] = []
+        for basis, centre in ((self.q_basis, self.q_centre), (self.k_basis, self.k_centre)):
+            projection = None if columns is None else basis @ columns
+            sides.append(Side(projection, index=index, shift=centre if self.centred else None))
+        query, key = sides
+        if not self.centred:
+            return Maps(spec, spec, query, key, weights, weights)
+        of_weight = scale * self.q_centre[..., None]
+        projection = of_weight if key.projection is None else torch.cat([key.projection, of_weight], dim=-1)
+        weighted = replace(spec, weighted=True)
+        key = key._replace(projection=projection)
+        return Maps(spec, weighted, query, key, weights, weights)
 
-    def _columns(self, basis: Tensor, scale: float) -> Tensor:
-        columns = self.map.columns(basis @ self.directions, scale)
-        first = self.map.counts_by_rank[0] if self.map.counts_by_rank else 0
-        return torch.cat([columns[..., :first] * self.coefficients[:, None, :first], columns[..., first:]], dim=-1)
+    def _exact(self, scale: float) -> tuple[Spec, Tensor, Tensor | None, Tensor | None]:
+        """Monomials gathered from few projections, beside the vector itself, which is all of degree 1."""
+        ranks = tuple(sum(self.counts[n:]) for n in range(2, len(self.counts)))
+        spec = Spec("product", ranks=ranks[:1] + ranks, constants=1, gathered=True, linear=True)
+        if not sum(ranks):
+            spec = replace(spec, ranks=(), gathered=False)
+        most = spec.ranks[0] if spec.ranks else 0
+        degrees = self.degrees[:most].to(self.coefficients)
+        high = self.coefficients[:, :most] * scale ** (0.5 * degrees)
+        linear = self.coefficients[:, most : most + self.head_dim] * math.sqrt(scale)
+        constant = linear.new_full((len(linear), 1), self.map.weights[-1])
+        weights = torch.cat([linear, high, constant], dim=-1)
+        if not most:
+            return spec, weights, None, None
+        return spec, weights, self.axes, self.index
 
-    def _phi(self, columns: Tensor, centre: Tensor, scale: float | None) -> Callable[[Tensor], Tensor]:
-        maclaurin = self.map
+    def _drawn(self, scale: float) -> tuple[Spec, Tensor, Tensor | None, Tensor | None]:
+        """Products rank by rank, as they were drawn."""
+        spec = by_rank(self.map)
+        first = spec.ranks[0] if spec.ranks else 0
+        constants = torch.full_like(self.coefficients[:, first:], self.map.weights[-1])
+        weights = torch.cat([self.coefficients[:, :first], constants], dim=-1)
+        ones = RandomMaclaurin(self.map.degrees, (1.0,) * len(self.map.degrees))
+        return spec, weights, ones.columns(self.directions, scale), None
 
-        def phi(x: Tensor) -> Tensor:
-            if not self.centred:
-                return maclaurin(x, columns.to(x.dtype))
-            x = x - grouped(centre[None], x.shape[1])[:, :, None].to(x.dtype)
-            features = maclaurin(x, columns.to(x.dtype))
-            return features if scale is None else features * self._weights(x, scale)
+    def _gather(self) -> None:
+        """Find the axes that the monomials of degree 2 and more are made of, and which factor is which of them."""
+        if self.tail is not None:
+            return
+        most = sum(self.counts[2:])
+        parts = self.directions.argmax(-2).split(self.map.counts_by_rank, dim=-1)
+        chosen = torch.cat([part[:, :most] for part in parts], dim=-1)  # (Hk, factors): the axis of each
+        used = torch.zeros(len(chosen), self.head_dim, dtype=torch.int64, device=chosen.device).scatter(1, chosen, 1)
+        width = int(used.sum(-1).amax()) if most else 0
+        order = used.argsort(dim=-1, descending=True, stable=True)
+        place = order.argsort(dim=-1)  # of each axis among those in use
+        self.axes = torch.nn.functional.one_hot(order[:, :width], self.head_dim).mT.to(self.directions)
+        self.index = place.gather(1, chosen)
 
-        return phi
-
-    def _weights(self, centred: Tensor, scale: float) -> Tensor:
-        exponent = scale * (centred @ self.q_centre[..., None].to(centred.dtype))
-        if statistics.asked():
-            statistics.count_clamped(exponent.detach().abs() > _MOST_EXPONENT)
-        return exponent.clamp(-_MOST_EXPONENT, _MOST_EXPONENT).exp()
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._gather()

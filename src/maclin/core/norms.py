@@ -62,6 +62,11 @@ class BatchStatistics(WideBuffers):
         self.register_buffer("running_mean", torch.zeros(num_heads, head_dim))
         self.register_buffer("running_var", torch.ones(num_heads, head_dim))
 
+    @property
+    def running(self) -> tuple[Tensor, Tensor]:
+        """The running mean and variance (H, D)."""
+        return self.running_mean, self.running_var
+
     def of(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and variance (H, D) to use for x; in train mode also moves the running statistics."""
         if not self.training:

@@ -114,15 +114,17 @@ def predicted_rel_error(
 def _of_exact(features: MaclaurinMap, docs: Sequence[Document], head: int, scale: float) -> float:
     square = total = 0.0
     basis = features.basis(head, scale)
-    query, key = features.maps(scale)
+    maps = features.maps(scale)
     heads, device = features.num_kv_heads, next((t.device for t in features.buffers()), torch.device("cpu"))
     for doc in docs:
         exact = Exact(doc, basis, features.kernel)
         phi_q, phi_k = (
             phi((x.to(device) / math.sqrt(scale)).expand(1, heads, -1, -1))[0, head].cpu()
-            for phi, x in ((query, doc.x), (key, doc.y))
+            for phi, x in ((maps.of_queries, doc.x), (maps.of_keys, doc.y))
         )
-        weights, constant = (phi_q @ phi_k.mT) * exact.allowed, (phi_q[:, -1:] @ phi_k[:, -1:].mT) * exact.allowed
+        weights, constant = (
+            (of_q @ of_k.mT) * exact.allowed for of_q, of_k in ((phi_q, phi_k), (phi_q[:, -1:], phi_k[:, -1:]))
+        )
         out = shrunk(weights, constant, features.floor) @ doc.v
         square += float((out - exact.out).square().sum())
         total += float(exact.out.square().sum())

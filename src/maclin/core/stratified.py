@@ -7,13 +7,14 @@ all heads so that they share their shapes, and per key head which monomials, in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from .confidence import CONFIDENCE, bounded
 from .design import (
     MAX_DEGREE,
     Basis,
@@ -35,8 +36,6 @@ geometric mean over the heads."""
 
 _SEEN = 3  # candidates of degree 2 per feature of the budget; of each degree above, half as many
 _LOW_DEGREE = 4  # tried beside MAX_DEGREE: beyond it the features of a sharp head serve a few rows only
-_LEAST_SPREAD = 0.3  # standard deviation of the squared error from document to document, over its mean
-_UNKNOWN = 1.25  # bound over error where there is one document only
 _AVERAGE = -1  # as a head's highest degree: plain averaging of the values
 
 
@@ -195,7 +194,7 @@ class Layer:
             highest.append(best - 1)
             errors.append(math.sqrt(float(square[:, best].sum() / total.sum().clamp_min(1e-300))))
             squares, totals = squares + square[:, best], totals + total
-        rel_error, bound = _with_bound(squares, totals)
+        rel_error, bound = bounded(squares, totals, CONFIDENCE)
         counts = tuple(len(chosen) for chosen in axes[0])
         return Strata(counts, tuple(axes), tuple(highest), tuple(self.bases), tuple(errors), rel_error, bound)
 
@@ -211,61 +210,11 @@ class Layer:
         }
         return min((self.strata(counts) for counts in choices), key=_mean_error)
 
-    def within(self, tolerance: float, least: int, most: int) -> Strata:
-        """The smallest strata whose bound of the error is within the tolerance; the largest where none is.
-
-        The number of features is found by bisection on a grid of steps of a twentieth.
-        """
-        if self.first.bound is not None and self.first.bound <= tolerance:
-            return self.first
-        grid = _grid(least, most)
-        return _first(grid, self._of, tolerance)
-
 
 def _mean_error(strata: Strata) -> float:
     """Geometric mean over the heads, so that a head that nothing helps has no say."""
     logs = [math.log(max(error, 1e-12)) for error in strata.rel_errors]
     return math.exp(sum(logs) / len(logs))
-
-
-def _with_bound(squares: Tensor, totals: Tensor) -> tuple[float, float]:
-    """Relative error over documents from their squared errors and outputs, and its bound on as many other documents.
-
-    One chance in forty is left, by the standard error of a ratio of sums, twice its square: both samples vary. One
-    document alone says nothing of others.
-    """
-    total, number = float(totals.sum().clamp_min(1e-300)), len(squares)
-    ratio = float(squares.sum()) / total
-    if number < 2:
-        return math.sqrt(ratio), _UNKNOWN * math.sqrt(ratio)
-    free = number - 1
-    deviation = math.sqrt(2 * number / free * float((squares - ratio * totals).square().sum())) / total
-    normal = 1.96
-    more = max(
-        (normal + 2.4 / free + 4.6 / free**2) * deviation,  # 97.5 % of Student's t, to a tenth from 2 on
-        normal * _LEAST_SPREAD * ratio * math.sqrt(2 / number),  # few documents may agree by chance
-    )
-    return math.sqrt(ratio), math.sqrt(ratio + more)
-
-
-def _first(grid: Sequence[int], make: Callable[[int], Strata], tolerance: float) -> Strata:
-    low, high = 0, len(grid) - 1
-    found = make(grid[high])
-    while low < high:
-        middle = (low + high) // 2
-        tried = make(grid[middle])
-        if tried.bound is not None and tried.bound <= tolerance:
-            high, found = middle, tried
-        else:
-            low = middle + 1
-    return found
-
-
-def _grid(least: int, most: int) -> list[int]:
-    grid = [least]
-    while grid[-1] < most:
-        grid.append(min(max(grid[-1] + 1, round(grid[-1] * 1.05)), most))
-    return grid
 
 
 def _without_centre(basis: Basis) -> Basis:

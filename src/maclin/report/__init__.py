@@ -6,6 +6,15 @@ here measures, and nothing here needs torch. The schema, the rule and the formul
 
 from __future__ import annotations
 
+from .bench import (
+    bench_names,
+    check_bench_dir,
+    load_bench,
+    render_bench_html,
+    render_bench_markdown,
+    render_comparison,
+    write_bench,
+)
 from .files import NAMES, check_out_dir, load_report, write_report
 from .html import render_html
 from .lengths import read_lengths
@@ -29,14 +38,20 @@ __all__ = [
     "NAMES",
     "RULE",
     "STUDY_NAMES",
+    "bench_names",
+    "check_bench_dir",
     "check_out_dir",
     "check_study_dir",
     "decide",
     "journal_study",
+    "load_bench",
     "load_report",
     "load_study",
     "point_to_time",
     "read_lengths",
+    "render_bench_html",
+    "render_bench_markdown",
+    "render_comparison",
     "render_html",
     "render_markdown",
     "render_study_html",
@@ -47,6 +62,7 @@ __all__ = [
     "roi_markdown",
     "roi_rows",
     "rollout_stages",
+    "write_bench",
     "write_report",
     "write_study",
 ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from ..contract import Features
+from ..fast.maps import Maps
+from ..fast.spec import Spec
 from .base import FeatureMechanism, check_choice
 
 
@@ -38,20 +37,12 @@ class Efficient(FeatureMechanism):
         self.config = {"normalisation": normalisation}
 
     def features(self, scale: float) -> Features:
-        """log softmax over channels and log exp(k), normalised per channel; or q and k, over the count."""
+        """exp(q) and exp(k), normalised per query and per channel; or q and k, over the count."""
         if self.normalisation == "scaling":
-            return Features(lambda q: q * scale, _same, self.head_dim, normaliser="count")
-        return Features(
-            lambda q: torch.log_softmax(q * scale, dim=-1),
-            _same,
-            self.head_dim,
-            log_domain=True,
-            normaliser="channel",
-        )
+            maps = Maps(Spec("identity", scale=scale), Spec("identity"))
+            return Features.of(maps, self.head_dim, normaliser="count")
+        maps = Maps(Spec("softmax", scale=scale), Spec("softmax"))
+        return Features.of(maps, self.head_dim, normaliser="channel")
 
     def _scale(self, scale: float | None) -> float:
         return 1.0 if scale is None else float(scale)
-
-
-def _same(k: Tensor) -> Tensor:
-    return k

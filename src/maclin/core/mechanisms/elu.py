@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..contract import Features
-from ..features import elu_features
+from ..fast.maps import Maps
+from ..fast.spec import Spec
 from .base import FeatureMechanism
 
 
@@ -18,7 +19,7 @@ class Elu(FeatureMechanism):
 
     def features(self, scale: float) -> Features:
         """elu(x) + 1, D features."""
-        return Features(lambda q: elu_features(q * scale), elu_features, self.head_dim)
+        return Features.of(Maps(Spec("elu", scale=scale), Spec("elu")), self.head_dim)
 
     def _scale(self, scale: float | None) -> float:
         return 1.0 if scale is None else float(scale)

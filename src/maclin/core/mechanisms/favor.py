@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..contract import Features
-from ..features import log_positive_features, orthogonal_directions
+from ..fast.maps import Maps
+from ..fast.spec import Side, Spec
+from ..features import orthogonal_directions
 from .base import FeatureMechanism, check_num_features
 
 
@@ -54,13 +56,9 @@ class Favor(FeatureMechanism):
 
     def features(self, scale: float) -> Features:
         """Logarithms of the positive features of x scale^(1/2)."""
-        half = math.sqrt(scale)
-
-        def log_phi(x: Tensor) -> Tensor:
-            return log_positive_features(x * half, self.directions.to(x.dtype))
-
-        m = self.num_features
-        return Features(log_phi, log_phi, m, log_domain=True, num_projections=m)
+        spec = Spec("positive", scale=scale)
+        side = Side(self.directions * math.sqrt(scale))
+        return Features.of(Maps(spec, spec, side, side), self.num_features, num_projections=self.num_features)
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
         return orthogonal_directions(self.num_kv_heads, self.head_dim, self.num_features, generator)

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..algebra import wide
+from ..algebra import grouped, wide
 from ..budget import num_features_of
 from ..calibration import (
     Calibration,
     calibrate_exact,
     calibrate_unbiased,
     fit_temperature,
+    generator_of,
     softmax_rel_error,
     taken,
 )
+from ..confidence import CONFIDENCE
 from ..contract import Features, attend
 from ..design import Document, check_enough, documents, split
 from ..errors import CapabilityError, InputError, OptionError
+from ..fast.kept import Kept
+from ..fast.maps import Maps
 from ..features import DEGREE_LAWS
 from ..kernels import Kernel
 from ..kernels import kernel as kernel_of
@@ -63,6 +67,7 @@ class Macformer(FeatureMechanism):
         num_features: M, the most that are used; None is max(128, 2 D). "auto" has D + 1 until ``calibrate`` finds the
             smallest number that keeps the error within ``tolerance``.
         tolerance: relative error of the attention output in (0, 1), with "auto" only.
+        confidence: with "auto" only: how sure the tolerance is to be kept on other sequences, from 0.5 to below 1.
         estimator: "stratified"; "published" (one exact constant, degrees 1 to 20 with P(n) proportional to 2^-n);
             "kar_karnick" (every degree n >= 0 with P(n) = 2^-(n+1)); "taylor" (degrees 0 and 1 exactly, no more).
         unbiased: of "stratified": no truncation.
@@ -101,6 +106,7 @@ class Macformer(FeatureMechanism):
         kernel: str | Kernel = "exp",
         num_features: int | Literal["auto"] | None = None,
         tolerance: float | None = None,
+        confidence: float = CONFIDENCE,
         estimator: Literal["stratified", "published", "kar_karnick", "taylor"] = "stratified",
         unbiased: bool = False,
         counts: Sequence[int] | None = None,
@@ -125,6 +131,7 @@ class Macformer(FeatureMechanism):
             estimator=estimator,
             num_features=num_features,
             tolerance=tolerance,
+            confidence=confidence,
             unbiased=unbiased,
             counts=counts,
             centred=centred,
@@ -136,6 +143,7 @@ class Macformer(FeatureMechanism):
             "kernel": kernel_option(kernel),
             "num_features": "auto" if num_features == "auto" else budget,
             "tolerance": tolerance,
+            "confidence": confidence,
             "estimator": estimator,
             "unbiased": unbiased,
             "counts": None if counts is None else [int(count) for count in counts],
@@ -148,6 +156,7 @@ class Macformer(FeatureMechanism):
         self.post = PostScale(num_heads) if ppsbn else None
         self.log_temperature = nn.Parameter(torch.zeros(num_heads)) if temperature == "learned" else None
         self.map = self._build_map(budget, generator)
+        self._kept = Kept[Maps]()
         self.calibration: Calibration | None = None
         """What ``maclin.calibrate`` chose; None where the mechanism was built without data."""
 
@@ -210,16 +219,50 @@ class Macformer(FeatureMechanism):
     def features(self, scale: float, moments: tuple[_Moments, _Moments] | None = None) -> Features:
         """The maps, ppSBN's first half included; ``moments`` (of q, of k) replace the running statistics."""
         self._check_domain(scale)
-        phi_q, phi_k = self.map.maps(scale)
-        norm_q, norm_k = self._normalisers(scale, moments)
         post = None if self.post is None or self.post.is_identity() else self.post
-        return Features(
-            lambda q: phi_q(norm_q(q)),
-            lambda k: phi_k(norm_k(k)),
-            self.map.num_features,
-            num_projections=self.map.num_projections,
-            post=post,
-            floor=self.map.floor,
+        if moments is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            maps = self._kept.get(lambda: self._maps(scale, None), (scale, *self._tensors()))
+        else:
+            maps = self._maps(scale, moments)
+        if post is None:
+            maps = replace(maps, gamma=None, beta=None)
+        return Features.of(
+            maps, self.map.num_features, num_projections=self.map.num_projections, post=post, floor=self.map.floor
+        )
+
+    def _tensors(self) -> Iterator[Tensor | None]:
+        """What the maps depend on."""
+        yield from self.map._buffers.values()
+        yield self.log_temperature
+        for statistics in (self.q_statistics, self.k_statistics):
+            if statistics is not None:
+                yield from statistics.running
+
+    def _maps(self, scale: float, moments: tuple[_Moments, _Moments] | None) -> Maps:
+        maps = self.map.maps(scale)
+        query, key = maps.query, maps.key
+        q_weights, norm = maps.q_weights, self.ppsbn or ""
+        temperature = self.temperature(scale)
+        if temperature is not None and q_weights is not None:
+            # t^n for products of n factors; the centre is that of q times the temperature
+            powers = torch.tensor(self.map.powers, device=temperature.device)
+            q_weights = grouped(q_weights[None].to(temperature), self.num_heads)[0] * temperature[:, None] ** powers
+            if query.shift is not None:
+                query = query.for_heads(self.num_heads)
+                query = query._replace(shift=query.shift / temperature[:, None])  # pyright: ignore[reportOptionalOperand]
+        if self.q_statistics is not None and self.k_statistics is not None:
+            of_q, of_k = moments or (self.q_statistics.running, self.k_statistics.running)
+            query = query.for_heads(self.num_heads)._replace(mean=of_q[0], variance=of_q[1])
+            key = key._replace(mean=of_k[0], variance=of_k[1])
+        return replace(
+            maps,
+            query_spec=replace(maps.query_spec, norm=norm),
+            key_spec=replace(maps.key_spec, norm=norm),
+            query=query,
+            key=key,
+            q_weights=q_weights,
+            gamma=None if self.post is None else self.post.gamma,
+            beta=None if self.post is None else self.post.beta,
         )
 
     def _check_domain(self, scale: float) -> None:
@@ -271,7 +314,7 @@ class Macformer(FeatureMechanism):
         fitted: tuple[float, ...] = ()
         if made.log_temperature is not None:
             norm_q, norm_k = made._norms(None)
-            wanted = fit_temperature(q, k, norm_q(wide(q)), norm_k(wide(k)), key_mask)
+            wanted = fit_temperature(q, k, norm_q(wide(q)), norm_k(wide(k)), key_mask, is_causal)
             fitted = tuple(made._set_temperature_(wanted.to(made.log_temperature), scale).tolist())
         if self.estimator != "stratified":
             if not all(bool(x.isfinite().all()) for x in made.state_dict().values()):
@@ -280,7 +323,7 @@ class Macformer(FeatureMechanism):
         docs = made._documents(q, k, v, key_mask, is_causal, scale)
         asked = self.config["num_features"]
         if self.config["unbiased"]:
-            found, calibration = calibrate_unbiased(docs, self.kernel, scale, self.num_features)
+            found, calibration = calibrate_unbiased(docs, self.kernel, scale, self.num_features, generator_of(self.map))
         else:
             found, calibration = calibrate_exact(
                 docs,
@@ -289,6 +332,7 @@ class Macformer(FeatureMechanism):
                 num_features=asked,
                 tolerance=self.config["tolerance"],
                 counts=self.config["counts"],
+                confidence=self.config["confidence"],
             )
         made.map = _moved(found, self.map)
         made.num_features = calibration.num_features if asked == "auto" else self.num_features
@@ -296,6 +340,7 @@ class Macformer(FeatureMechanism):
         made.config |= {
             "num_features": made.num_features,
             "tolerance": None,
+            "confidence": CONFIDENCE,
             "counts": list(calibration.counts),
             "centred": self.kernel.is_exponential,
         }
@@ -322,7 +367,7 @@ class Macformer(FeatureMechanism):
     def _like(self, kernel: str) -> Macformer:
         """The same with another kernel, statistics, parameters and what was drawn included."""
         options: dict[str, Any] = self.config | {"kernel": kernel}
-        other = Macformer(self.head_dim, self.num_heads, self.num_kv_heads, **options)
+        other = Macformer(self.head_dim, self.num_heads, self.num_kv_heads, generator=generator_of(self.map), **options)
         if isinstance(self.map, DrawnMap):  # its law knows no kernel
             other.map.load_state_dict(self.map.state_dict())
         made = copy.deepcopy(self)
@@ -368,10 +413,7 @@ class Macformer(FeatureMechanism):
         self, moments: tuple[_Moments, _Moments] | None
     ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         if self.q_statistics is not None and self.k_statistics is not None:
-            of_q, of_k = moments or (
-                (self.q_statistics.running_mean, self.q_statistics.running_var),
-                (self.k_statistics.running_mean, self.k_statistics.running_var),
-            )
+            of_q, of_k = moments or (self.q_statistics.running, self.k_statistics.running)
             return (lambda q: batch_standardise(q, *of_q)), (lambda k: batch_standardise(k, *of_k))
         return (token_standardise, token_standardise) if self.ppsbn else (_same, _same)
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..contract import Features
 from ..errors import OptionError
-from ..features import random_fourier_features
-from ..norms import unit_norm
+from ..fast.maps import Maps
+from ..fast.spec import Side, Spec
 from .base import FeatureMechanism, check_num_features
 
 
@@ -69,20 +69,21 @@ class Rfa(FeatureMechanism):
 
     def features(self, scale: float) -> Features:
         """[sin, cos] of unit vectors times scale^(1/2)."""
-        half = math.sqrt(scale)
-
-        def phi(x: Tensor) -> Tensor:
-            return random_fourier_features(unit_norm(x) * half, self.frequencies.to(x.dtype))
-
+        spec = Spec("fourier", norm="unit")
+        side = Side(self.frequencies * math.sqrt(scale))
+        half = self.num_features // 2
+        weights = self.frequencies.new_full((self.num_kv_heads, 1), 1.0 / math.sqrt(half), dtype=torch.float64)
+        weights = weights.expand(-1, self.num_features)
+        maps = Maps(spec, spec, side, side, weights, weights)
         weight, bias = self.gate_weight, self.gate_bias
         if weight is None or bias is None:
-            return Features(phi, phi, self.num_features, num_projections=self.num_features // 2)
+            return Features.of(maps, self.num_features, num_projections=half)
 
         def log_gate(k: Tensor) -> Tensor:
             logits = torch.einsum("bhnd,hd->bhn", k, weight.to(k.dtype)) + bias.to(k.dtype)[:, None]
             return nn.functional.logsigmoid(logits)
 
-        return Features(phi, phi, self.num_features, log_gate=log_gate, num_projections=self.num_features // 2)
+        return Features.of(maps, self.num_features, log_gate=log_gate, num_projections=half)
 
     def _scale(self, scale: float | None) -> float:
         return 1.0 / self.temperature if scale is None else float(scale)

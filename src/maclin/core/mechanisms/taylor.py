@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from functools import partial
-
-from torch import Tensor
-
 from ..contract import Features
-from ..features import taylor_features
 from ..kernels import Kernel
 from ..kernels import kernel as kernel_of
+from ..maps import first_order_maps
 from .base import FeatureMechanism, kernel_option
 
 
@@ -40,10 +35,4 @@ class Taylor(FeatureMechanism):
 
     def features(self, scale: float) -> Features:
         """phi(x) = [sqrt(a_0), sqrt(a_1 scale^(1/2)) x] on both sides."""
-        half = math.sqrt(scale)
-        phi = partial(taylor_features, kernel=self.kernel)
-
-        def scaled(x: Tensor) -> Tensor:
-            return phi(x * half)
-
-        return Features(scaled, scaled, self.head_dim + 1)
+        return Features.of(first_order_maps(self.kernel, scale, self.num_kv_heads, self.head_dim), self.head_dim + 1)

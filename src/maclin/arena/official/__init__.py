@@ -1,0 +1,1 @@
+"""Published data in its official layout, read from a directory of the user's."""

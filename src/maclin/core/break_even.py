@@ -1,0 +1,101 @@
+"""From which length on a mechanism is faster than fused softmax attention, as measured on this device or by default.
+
+``maclin bench break-even`` measures it once per device and keeps it in the user's cache. What is shipped stands in
+where nothing was measured, and errs towards exact attention.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "break_even.json"
+
+DEFAULTS: dict[str, dict[bool, int]] = {  # device type -> causal -> tokens; 8 heads of 64, float32, batch 1
+    "cpu": {False: 1024, True: 1024},
+    "cuda": {False: 4096, True: 4096},
+}
+"""Where nothing was measured. 1,024 is macformer with 128 features on two cores (``benchmarks/results``), not causal;
+the others are guesses on the side of exact attention."""
+
+
+@dataclass(frozen=True)
+class BreakEvenKey:
+    """What a break-even length depends on.
+
+    Args:
+        mechanism: name with options, as in ``maclin bench``.
+        device: the processor's or GPU's name, and on the CPU the threads.
+        dtype: of q, k and v.
+        head_dim: D.
+        num_heads: H.
+        is_causal: causal attention.
+        backward: forward and backward.
+    """
+
+    mechanism: str
+    device: str
+    dtype: str
+    head_dim: int
+    num_heads: int
+    is_causal: bool = False
+    backward: bool = False
+
+    def __str__(self) -> str:
+        """The key in the file."""
+        kind = f"{'causal' if self.is_causal else 'bidirectional'}, {'backward' if self.backward else 'forward'}"
+        return f"{self.mechanism} | {self.device} | {self.dtype} | {self.num_heads} x {self.head_dim} | {kind}"
+
+
+def cache_dir() -> Path:
+    """The folder of what is kept between runs: ``$MACLIN_CACHE``, or ``maclin`` in the cache folder of the system."""
+    own = os.environ.get("MACLIN_CACHE")
+    if own:
+        return Path(own).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "maclin"
+
+
+def cache_path() -> Path:
+    """The file with what was measured."""
+    return cache_dir() / FILE
+
+
+def measured_lengths(path: Path | None = None) -> dict[str, int | None]:
+    """What was measured on this and other devices, by key; None is never. A file that cannot be read is empty."""
+    try:
+        found = json.loads((cache_path() if path is None else path).read_text(encoding="utf-8"))
+        lengths = found["lengths"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if not isinstance(lengths, Mapping):
+        return {}
+    return {str(key): value for key, value in lengths.items() if value is None or _is_length(value)}
+
+
+def break_even_length(key: BreakEvenKey, device_type: str, path: Path | None = None) -> int | None:
+    """The length from which on the mechanism is faster than fused softmax attention; None is never.
+
+    Args:
+        key: what was measured.
+        device_type: "cpu", "cuda", ..., for the default where it was not.
+        path: of the file, by default the user's.
+    """
+    found = measured_lengths(path)
+    if str(key) in found:
+        return found[str(key)]
+    return DEFAULTS.get(device_type, DEFAULTS["cpu"])[key.is_causal]
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,109 @@
+"""The maps of queries and keys together: their plain form, and their way through the blocked operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import statistics
+from ..algebra import grouped
+from . import causal_ops, ops
+from .causal import Problem
+from .read import Finish
+from .spec import MOST_EXPONENT, Side, Spec, features, log_weights
+
+_NO_TENSORS = Side()
+
+
+@dataclass(frozen=True)
+class Maps:
+    """<phi(q), phi(k)> = sum_m q_weights_m phi_m(q) k_weights_m phi_m(k).
+
+    Args:
+        query_spec: features of queries.
+        key_spec: features of keys; the same family.
+        query: tensors for queries, a row per key head or per query head.
+        key: tensors for keys, a row per key head.
+        q_weights: (H, F) or (Hk, F), or None for 1; not in the log domain.
+        k_weights: (Hk, F), or None for 1.
+        gamma: (H,) of ppSBN's second half, or None.
+        beta: (H,) of the same.
+    """
+
+    query_spec: Spec
+    key_spec: Spec
+    query: Side = _NO_TENSORS
+    key: Side = _NO_TENSORS
+    q_weights: Tensor | None = None
+    k_weights: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+
+    def of_queries(self, q: Tensor) -> Tensor:
+        """Features (B, H, n, F) of q (B, H, n, D), or logarithms."""
+        phi = features(self.query_spec, self.query.for_heads(q.shape[1]), q, of_keys=False)
+        return phi if self.q_weights is None else phi * grouped(self.q_weights[None], q.shape[1])[0, :, None].to(phi)
+
+    def of_keys(self, k: Tensor) -> Tensor:
+        """Features (B, Hk, n, F) of k (B, Hk, n, D), or logarithms; weights included, cut ones counted."""
+        if self.key_spec.weighted and statistics.asked():
+            statistics.count_clamped(log_weights(self.key_spec, self.key, k.detach()).abs() > MOST_EXPONENT)
+        phi = features(self.key_spec, self.key, k)
+        return phi if self.k_weights is None else phi * self.k_weights[:, None].to(phi)
+
+    def accumulate(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """kv, z and log_scale of all keys, as ``core.contract.Sums`` has them."""
+        kv, z, log_scale = ops.accumulate(k, v, key_mask, self.key, self.key_spec)
+        if self.k_weights is not None:
+            weights = self.k_weights.to(kv)
+            kv, z = kv * weights[..., None], z * weights
+        return kv, z, log_scale
+
+    def read(self, q: Tensor, kv: Tensor, z: Tensor, log_scale: Tensor, floor: float) -> Tensor:
+        """Out of all queries, in q's dtype; kv and z are those of the query heads or of the key heads."""
+        heads = q.shape[1]
+        kv, z, log_scale = (grouped(x, heads) for x in (kv, z, log_scale))
+        if self.q_weights is not None:
+            weights = self.q_weights.to(kv)
+            if len(weights) != heads:
+                weights = grouped(weights[None], heads)
+            kv, z = kv * weights[..., None], z * weights
+        constant = (kv[:, :, -1], z[:, :, -1]) if floor else (None, None)
+        finish = Finish(floor, *constant, self.gamma, self.beta)
+        return ops.read(q, kv, z, log_scale, finish, self.query.for_heads(heads), self.query_spec)
+
+    @property
+    def has_causal(self) -> bool:
+        """Whether ``causal`` can be called: features that are no logarithms, read under their own sum."""
+        return not self.key_spec.log_domain and self.key_spec.family != "identity"
+
+    def causal(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, kv: Tensor, z: Tensor, floor: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Out (B, H, N, Dv) in q's dtype and the sums after the last token; kv, z are those before the first.
+
+        Shape: q (B, H, N, D), k (B, Hk, N, D), v (B, Hk, N, Dv), key_mask (B, N).
+        """
+        heads = q.shape[1]
+        weights = self._weights(kv, heads)
+        if self.k_weights is not None:
+            # inside, sums have no weights; what has none at all is never read
+            own = self.k_weights.to(kv)
+            safe = torch.where(own == 0, torch.ones_like(own), own)
+            kv, z = kv / safe[..., None], z / safe
+        problem = Problem(
+            q, k, v, key_mask, weights, kv, z, Finish(floor, gamma=self.gamma, beta=self.beta),
+            self.query.for_heads(heads), self.key, self.query_spec, self.key_spec,
+        )  # fmt: skip
+        out, kv, z = causal_ops.causal(problem)
+        if self.k_weights is not None:
+            own = self.k_weights.to(kv)
+            kv, z = kv * own[..., None], z * own
+        return out, kv, z
+
+    def _weights(self, like: Tensor, heads: int) -> Tensor | None:
+        """Weights of the products of features, (H, F)."""
+        both = [grouped(x[None].to(like), heads)[0] for x in (self.q_weights, self.k_weights) if x is not None]
+        return None if not both else both[0] if len(both) == 1 else both[0] * both[1]

@@ -1,0 +1,216 @@
+"""The blocked operators against the plain form in float64: values, derivatives, shapes, strides, bad input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import maclin
+from maclin.core.fast import causal as fast_causal
+from maclin.core.fast import memory
+from maclin.core.fast.spec import Spec, spec_of
+
+from .conftest import CASES, build
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "_SHARE", 0.0)
+    monkeypatch.setattr(memory, "_STEP", 16)
+    monkeypatch.setattr(fast_causal, "CHUNK", 8)
+
+
+def is_causal_only_plain(mech: maclin.Mechanism) -> bool:
+    return mech.name in ("efficient", "favor")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["none", "random"])
+def test_values_and_derivatives_are_those_of_the_plain_form(qkv, key_mask, small_blocks, plainly, mech, causal, kind):
+    q, k, v = (x.requires_grad_() for x in qkv(43, 43))
+    mask = key_mask(kind, 43)
+    wanted_of = [q, k, v, *mech.parameters()]
+    direction = torch.randn(2, 4, 43, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    found: list[tuple[Tensor, ...]] = []
+    for call in (mech, lambda *a, **o: plainly(mech, *a, **o)):
+        out = call(q, k, v, key_mask=mask, is_causal=causal)
+        gradients = torch.autograd.grad((out * direction).sum(), wanted_of, allow_unused=True)
+        found.append((out.detach(), *gradients))
+    for blocked, plain in zip(*found, strict=True):
+        assert (blocked is None) == (plain is None)
+        if plain is not None:
+            torch.testing.assert_close(blocked, plain, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_gradients_the_operator_is_not_needed_and_gives_the_same(qkv, case):
+    mech, (q, k, v) = build(case), qkv(20, 33)
+    with torch.no_grad():
+        direct = mech(q, k, v)
+    through = mech(q.requires_grad_(), k, v).detach()
+    torch.testing.assert_close(direct, through, rtol=1e-13, atol=1e-13)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    case=st.sampled_from(sorted(CASES)),
+    sizes=st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(1, 70), st.integers(1, 9)),
+    layout=st.sampled_from(["plain", "heads_last", "broadcast", "sliced", "reversed_memory"]),
+    causal=st.booleans(),
+)
+def test_any_shape_and_stride(case, sizes, layout, causal):
+    mech = build(case)
+    batch, n, s, dv = sizes
+    if causal:
+        s = max(n, s)
+    generator = torch.Generator().manual_seed(3)
+
+    def make(heads: int, tokens: int, width: int) -> Tensor:
+        x = torch.randn(batch, heads, tokens, width, generator=generator, dtype=torch.float64)
+        if layout == "heads_last":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "broadcast":
+            return x[:, :1].expand(-1, heads, -1, -1)
+        if layout == "sliced":
+            return torch.cat([x, x], dim=-1)[..., ::2]
+        if layout == "reversed_memory":
+            return x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        return x
+
+    q, k, v = make(4, n, 8), make(2, s, 8), make(2, s, dv)
+    with maclin.guarded():
+        wanted = mech(q, k, v, is_causal=causal)
+    got = mech(q, k, v, is_causal=causal)
+    assert got.shape == (batch, 4, n, dv)
+    # a denominator in which much cancels loses digits in either form
+    assert torch.allclose(got, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_padding_may_hold_anything(qkv, mech):
+    q, k, v = qkv(20, 33)
+    mask = torch.ones(2, 33, dtype=torch.bool)
+    mask[:, 25:] = False
+    wanted = mech(q, k[:, :, :25], v[:, :, :25])
+    k[:, :, 25:], v[:, :, 25:] = torch.nan, torch.inf
+    torch.testing.assert_close(mech(q, k, v, key_mask=mask), wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_state_goes_on_from_one_form_to_the_other(qkv, plainly, mech):
+    if not mech.causal:
+        return
+    q, k, v = qkv(30, 30)
+    whole = mech(q, k, v, is_causal=True)
+    first, state = mech(q[:, :, :17], k[:, :, :17], v[:, :, :17], is_causal=True, return_state=True)
+    rest = plainly(mech, q[:, :, 17:], k[:, :, 17:], v[:, :, 17:], is_causal=True, state=state)
+    torch.testing.assert_close(torch.cat([first, rest], dim=2), whole, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["stratified-raw", "published", "favor", "efficient", "elu"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_operators_are_well_formed(qkv, case, causal):
+    """Schema, fake shapes, autograd registration and tracing, as torch checks them."""
+    mech, (q, k, v) = build(case), qkv(20, 20)
+    calls: list[tuple[object, tuple[object, ...]]] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "maclin":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        mech(q.requires_grad_(), k, v, is_causal=causal).sum().backward()
+    for func, args in calls:
+        own = tuple(x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args)
+        torch.library.opcheck(func, own, test_utils=("test_schema", "test_faketensor"))
+    assert calls or (causal and is_causal_only_plain(mech))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("softmax", {}),
+        ("mean", {}),
+        ("elu", {}),
+        ("efficient", {}),
+        ("favor", {}),
+        ("rfa", {}),
+        ("taylor", {}),
+        ("macformer", {}),
+        ("macformer", {"estimator": "published", "temperature": "learned"}),
+        ("linformer", {"proj_len": 16}),
+        ("window", {}),
+        ("revisited_linformer", {}),
+    ],
+)
+def test_compile_without_a_graph_break_and_export(name, options, causal):
+    row = maclin.mechanisms.row(name)
+    if causal and not row.causal:
+        pytest.skip(f"{name} is not causal")
+    if name == "linformer":
+        options = {**options, "seq_len": 100}
+    mech = maclin.mechanism(name, head_dim=8, num_heads=4, num_kv_heads=2, **options)
+    q, k, v = (torch.randn(2, h, 100, 8, requires_grad=True) for h in (4, 2, 2))
+    mask = torch.ones(2, 100, dtype=torch.bool)
+    mask[1, 80:] = False
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mech = mech
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            return self.mech(q, k, v, key_mask=mask, is_causal=causal)
+
+    torch._dynamo.reset()
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in _both(compiled, model, q, k, v, mask):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        exported = torch.export.export(model, (q.detach(), k.detach(), v.detach(), mask))
+        torch.testing.assert_close(exported.module()(q, k, v, mask), model(q, k, v, mask), rtol=1e-4, atol=1e-5)
+
+
+def _both(one, other, *inputs: Tensor):
+    outs = [one(*inputs), other(*inputs)]
+    grads = [torch.autograd.grad(out.sum(), inputs[:3], allow_unused=True) for out in outs]
+    yield outs[0], outs[1]
+    for a, b in zip(*grads, strict=True):
+        if a is not None and b is not None:
+            yield a, b
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec("elu", scale=0.1),
+        Spec("product", "token", 1.0, (9, 4, 1), 2, True, True, True),
+        Spec("positive", scale=1 / 3),
+    ],
+)
+def test_a_specification_survives_its_string(spec):
+    assert spec_of(spec.code) == spec
+
+
+def test_huge_lengths_are_cut_into_blocks_of_bounded_size():
+    device = torch.device("cpu")
+    sizes = [memory.block_tokens(length, 8 * 1000, device) for length in (10, 10_000, 10_000_000)]
+    assert sizes[0] == 10
+    assert sizes[1] % 64 == sizes[2] % 64 == 0
+    assert max(sizes) * 8000 <= 1.5 * memory.cache_bytes() * torch.get_num_threads() + 64 * 8000
+
+
+def test_a_change_of_a_buffer_is_seen_by_the_next_call(qkv):
+    mech, (q, k, v) = build("stratified-raw"), qkv(20, 20)
+    with torch.no_grad():
+        before = mech(q, k, v)
+        mech.map.coefficients.mul_(0.5)
+        after = mech(q, k, v)
+        with maclin.guarded():
+            wanted = mech(q, k, v)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, wanted)
