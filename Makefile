@@ -81,7 +81,9 @@ format: $(STAMP)  ## apply the style
 	$(BIN)/python -m ruff format .
 
 bench: $(STAMP)  ## measure the targets for speed and memory on this machine
-	$(BIN)/python benchmarks/poc_targets.py --out benchmarks/results
+	@status=0; for targets in poc speed; do \
+	    $(BIN)/python benchmarks/$${targets}_targets.py --out benchmarks/results || status=1; \
+	done; exit $$status
 
 clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis "$(OUT)"

@@ -22,7 +22,7 @@ from .core.mechanisms.base import calibrate
 from .core.statistics import guarded
 
 if TYPE_CHECKING:
-    from . import records, testing
+    from . import arena, bench, nn, records, testing
     from .adopt import audit, choose, convert_, diagnose, plan, restore_
     from .records import Audit, Choice, Diagnosis, Plan, Report
 
@@ -40,8 +40,10 @@ __all__ = [
     "Plan",
     "Report",
     "__version__",
+    "arena",
     "attention",
     "audit",
+    "bench",
     "calibrate",
     "choose",
     "convert_",
@@ -49,6 +51,7 @@ __all__ = [
     "guarded",
     "mechanism",
     "mechanisms",
+    "nn",
     "plan",
     "records",
     "restore_",
@@ -68,6 +71,9 @@ _LAZY = {
     "Diagnosis": "maclin.records",
     "Plan": "maclin.records",
     "Report": "maclin.records",
+    "arena": None,
+    "bench": None,
+    "nn": None,
     "records": None,
     "testing": None,
 }

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,6 @@ def test_bad_plan_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MaclinError, match="No space left on device"):
         save_plan(plan(audited(layer("a"))), tmp_path / "plan.json")

@@ -56,8 +56,8 @@ def test_no_bias(case, centred):
     generator = torch.Generator().manual_seed(2)
     for _ in range(120):
         features.resample_(generator)
-        phi_q, phi_k = features.maps(scale)
-        got = (phi_q(x.expand(1, heads, 1, 4)) * phi_k(y.expand(1, heads, 1, 4))).sum(-1)[0, :, 0]
+        maps = features.maps(scale)
+        got = (maps.of_queries(x.expand(1, heads, 1, 4)) * maps.of_keys(y.expand(1, heads, 1, 4))).sum(-1)[0, :, 0]
         if centred:  # a factor per query is left out
             got = got * (scale * (features.k_centre @ x)).exp()
         means.append(float(got.mean()))

@@ -1,6 +1,7 @@
 """Saving and loading: everything comes back, nothing is lost, and what does not fit is said."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,8 @@ def test_a_failing_disk_keeps_the_last_checkpoint(
         where: tuple[Any, str] = {
             "weights": (checkpoint, "save_file"),
             "config": (Path, "write_text"),
-            "sync": (checkpoint.os, "fsync"),
-            "rename": (Path, "replace"),
+            "sync": (os, "fsync"),
+            "rename": (os, "replace"),
         }[failing]
         patch.setattr(where[0], where[1], full)
         with pytest.raises(OSError, match="No space left"):

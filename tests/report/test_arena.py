@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from maclin.records import Environment
-from maclin.records.arena import ArenaCost, ArenaLook, ArenaResult, ArenaRun, ArenaTask, ArenaTaskResult
+from maclin.records import ArenaCost, ArenaLook, ArenaResult, ArenaRun, ArenaTask, ArenaTaskResult, Environment
 from maclin.report.arena import (
     ARENA_NAMES,
     findings_of,

@@ -26,21 +26,19 @@ def for_learning(document: int) -> bool:
     return document % 3 == 2
 
 
-def learned(mechanism: registry.Mechanism, call: AttentionCall, seed: int = 0) -> registry.Mechanism:
-    """``maclin.calibrate`` on a captured call, in float32 or better, on the CPU; the same draw every time.
+def learned(mechanism: registry.Mechanism, call: AttentionCall) -> registry.Mechanism:
+    """``maclin.calibrate`` on a captured call, in float32 or better, on the CPU.
 
     Args:
         mechanism: on the CPU; stays as it is.
         call: what to learn from.
-        seed: of what is drawn.
 
     Raises:
         InputError: too few tokens; the message says how many are needed.
     """
     dtype = torch.promote_types(call.q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with torch.no_grad():
         return calibrate(mechanism, q, k, v, call.key_mask, is_causal=call.is_causal, scale=call.scale)
 
 

@@ -111,7 +111,7 @@ class Trial:
         if not self.learns or self.reason is not None:
             return False
         try:
-            self.draws = [learned(mechanism, sample, seed) for seed, mechanism in enumerate(self.draws)]
+            self.draws = [learned(mechanism, sample) for mechanism in self.draws]
         except MaclinError as error:
             self.reason = str(error)
             return False

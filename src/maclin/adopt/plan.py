@@ -10,6 +10,7 @@ from typing import NamedTuple
 from maclin.adopt.hosts.base import AttentionLayer
 from maclin.core import mechanisms as registry
 from maclin.core.errors import InputError, MaclinError, OptionError
+from maclin.files import write_whole
 from maclin.records import Alternative, Audit, Config, LayerAudit, MechanismError, Plan, PlanRow, from_json, to_json
 
 EXACT = "softmax"
@@ -100,20 +101,16 @@ def relative_cost(name: str, config: Config, layer: LayerAudit | AttentionLayer,
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Write a plan as JSON.
+    """Write a plan as JSON; folders above it are made.
 
     Raises:
         MaclinError: the file cannot be written; what was there before is kept.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.write_text(to_json(plan), encoding="utf-8")
-        os.replace(partial, target)
+        write_whole(Path(path), to_json(plan).encode())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise MaclinError(
-            f"cannot write the plan to {target}: {error.strerror or error}; choose another place"
+            f"cannot write the plan to {path}: {error.strerror or error}; choose another place"
         ) from error
 
 

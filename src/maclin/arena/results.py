@@ -13,9 +13,18 @@ from typing import Any, TypeVar
 
 from ..bench import environment
 from ..core.errors import InputError
-from ..records import SCHEMA_VERSION, Config, from_json, to_json
-from ..records.arena import ArenaCost, ArenaResult, ArenaRun, ArenaTask, ArenaTaskResult
-from .checkpoint import write_whole
+from ..records import (
+    SCHEMA_VERSION,
+    ArenaCost,
+    ArenaResult,
+    ArenaRun,
+    ArenaTask,
+    ArenaTaskResult,
+    Config,
+    from_json,
+    to_json,
+)
+from .checkpoint import write_result
 
 TASK_NAME, COSTS_NAME, RESULT_NAME, MODEL_NAME = "task.json", "costs.json", "result.json", "model"
 
@@ -44,7 +53,7 @@ class CostsFile:
 
 def write_record(path: Path, record: Any) -> None:
     """A record as JSON, whole or not at all."""
-    write_whole(path, (to_json(record) + "\n").encode())
+    write_result(path, (to_json(record) + "\n").encode())
 
 
 def read_record(cls: type[R], path: Path) -> R:

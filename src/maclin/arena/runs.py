@@ -16,8 +16,7 @@ from ..bench import environment
 from ..bench.specs import Spec
 from ..core.errors import CapabilityError, OptionError
 from ..progress import Progress, Silent
-from ..records import Config
-from ..records.arena import ArenaRun, ArenaTask, ArenaTaskResult
+from ..records import ArenaRun, ArenaTask, ArenaTaskResult, Config
 from . import tasks
 from .checkpoint import check_same
 from .cost_runs import BATCH_SIZE, measured_costs

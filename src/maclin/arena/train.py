@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..core.errors import MaclinError, OptionError
 from ..progress import Progress, Silent
-from ..records import Config
-from ..records.arena import ArenaLook
+from ..records import ArenaLook, Config
 from .checkpoint import load_checkpoint, save_checkpoint
 from .log import TrainLog
 from .machine import evaluate, placed, prepared, summed

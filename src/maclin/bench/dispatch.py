@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 
 from maclin.core.break_even import BreakEvenKey, cache_path, measured_lengths
 from maclin.core.errors import MaclinError
+from maclin.files import write_whole
 from maclin.progress import Progress
 from maclin.records import BenchResult
 
@@ -106,19 +104,9 @@ def keep(lengths: dict[str, int | None], path: Path) -> None:
         MaclinError: the file cannot be written.
     """
     record = {"lengths": dict(sorted({**measured_lengths(path), **lengths}.items()))}
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(record, indent=2).encode())
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         raise MaclinError(
             f"cannot write to {path}: {error.strerror or error}; set MACLIN_CACHE to another folder"
         ) from error

@@ -13,7 +13,7 @@ from ..core.errors import OptionError
 from . import console
 
 if TYPE_CHECKING:
-    from ..records.arena import ArenaResult
+    from ..records import ArenaResult
 
 app = typer.Typer(
     name="arena",

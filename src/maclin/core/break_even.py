@@ -7,12 +7,12 @@ where nothing was measured, and errs towards exact attention.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..files import cache_dir
 
 FILE = "break_even.json"
 
@@ -50,20 +50,6 @@ class BreakEvenKey:
         """The key in the file."""
         kind = f"{'causal' if self.is_causal else 'bidirectional'}, {'backward' if self.backward else 'forward'}"
         return f"{self.mechanism} | {self.device} | {self.dtype} | {self.num_heads} x {self.head_dim} | {kind}"
-
-
-def cache_dir() -> Path:
-    """The folder of what is kept between runs: ``$MACLIN_CACHE``, or ``maclin`` in the cache folder of the system."""
-    own = os.environ.get("MACLIN_CACHE")
-    if own:
-        return Path(own).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "maclin"
 
 
 def cache_path() -> Path:

@@ -263,6 +263,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor
     Cost: (N + S) x M x (Dv + 1) multiply-adds per head, plus the features; memory beyond the tensors one
         block of features and M x (Dv + 1) sums per head.
     """
+    fast = features.fast
+    if fast is not None and features.normaliser == "sum" and q.numel() and k.shape[2]:
+        return fast.attend(q, k, v, key_mask, features.floor).to(v.dtype)
     return read_all(q, accumulate(k, v, features, key_mask), features, v)
 
 

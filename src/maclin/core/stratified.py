@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from .design import (
     split,
     truncation,
 )
+from .errors import OptionError
 from .kernels import Kernel
 
 WORTH = 0.95
@@ -114,24 +116,34 @@ def assumed(kernel: Kernel, head_dim: int, num_features: int) -> tuple[int, ...]
     mixed = head_dim * (head_dim - 1) // 2
     left = min(num_features - 1 - head_dim, head_dim + mixed)
     # of normal u and w the variance over keys of (u_i w_i)^2 / 2 is 1.5 times that of u_i u_j w_i w_j
-    share = (1.5 * min(left, head_dim) + max(left - head_dim, 0)) / (1.5 * head_dim + mixed)
+    squares = sum(axes[0] == axes[1] for axes in _fewest_axes(2, left)) if left > 0 else 0
+    share = (left + 0.5 * squares) / (1.5 * head_dim + mixed)
     if left > 0 and kernel.coefficient(2) > 0 and math.sqrt(max(1.0 - share, 0.0)) <= WORTH:
         return (1, head_dim, left)
     return (1, head_dim)
 
 
 def without_data(head_dim: int, num_kv_heads: int, counts: Sequence[int]) -> Strata:
-    """The first monomials of each degree in the axes as they are; of degree 2, squares before mixed products."""
-    flat = torch.ones(head_dim, dtype=torch.float64)
-    most = [head_dim * (head_dim + 1) // 2, *counts[3:]][: len(counts) - 2]  # of degree 2 all, to be put in order
-    axes: list[Tensor] = []
-    for chosen, count in zip(candidates(flat, most), counts, strict=True):
-        if chosen.shape[1] == 2:
-            distinct = chosen[:, 0] != chosen[:, 1]
-            chosen = chosen[distinct.to(torch.int64).argsort(stable=True)]
-        axes.append(chosen[:count])
+    """The monomials of each degree that need the fewest axes, as they are: none is worth much more than another."""
+    axes = [torch.tensor(_fewest_axes(degree, count)).view(count, degree) for degree, count in enumerate(counts)]
+    for chosen in axes:
+        if chosen.numel() and int(chosen.max()) >= head_dim:
+            raise OptionError(
+                f"macformer: counts are {tuple(counts)}, but {head_dim} axes have fewer monomials of degree "
+                f"{chosen.shape[1]}; pass smaller counts"
+            )
     bases = (plain_basis(head_dim),) * num_kv_heads
     return Strata(tuple(counts), (tuple(axes),) * num_kv_heads, (len(counts) - 1,) * num_kv_heads, bases)
+
+
+def _fewest_axes(degree: int, count: int) -> list[tuple[int, ...]]:
+    """The first monomials of a degree by their largest axis; each as its axes, ascending."""
+    found: list[tuple[int, ...]] = [] if degree else [()] * count
+    largest = 0
+    while len(found) < count:
+        found += ((*rest, largest) for rest in combinations_with_replacement(range(largest + 1), degree - 1))
+        largest += 1
+    return found[:count]
 
 
 def plain_basis(head_dim: int) -> Basis:

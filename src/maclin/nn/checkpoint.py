@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..files import written_whole
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -48,15 +46,12 @@ def write_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], descr
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
 
-    def write_weights(path: Path) -> None:
+    with written_whole(directory / WEIGHTS, directory / CONFIG) as (weights, config):
         try:
-            save_file(plain, path, metadata={"format": "pt", "maclin": text})
+            save_file(plain, weights, metadata={"format": "pt", "maclin": text})
         except SafetensorError as error:
             raise OSError(f"cannot write {directory / WEIGHTS}: {error}") from error
-
-    write_files(
-        directory, {WEIGHTS: write_weights, CONFIG: lambda path: path.write_text(text + "\n", encoding="utf-8")}
-    )
+        config.write_text(text + "\n", encoding="utf-8")
     return directory
 
 
@@ -109,39 +104,3 @@ def differences(saved: Any, other: Any, name: str = "") -> list[str]:
             found += differences(saved.get(key), other.get(key), f"{name}.{key}" if name else str(key))
         return found[:3]
     return [] if saved == other else [f"{name}: {saved!r} saved, {other!r} given"]
-
-
-def write_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files beside their targets, flush all of them to the disk, then rename them, in this order.
-
-    On any error, Ctrl-C included, what was written is removed and earlier files stay.
-
-    Args:
-        directory: of the files; it exists.
-        writers: by file name, what writes the file to the path it is given.
-    """
-    written: dict[Path, Path] = {}
-    try:
-        for name, write in writers.items():
-            beside = written[directory / name] = directory / f".{name}.{secrets.token_hex(4)}"
-            write(beside)
-            with beside.open("rb+") as file:
-                os.fsync(file.fileno())
-        for path, beside in written.items():
-            beside.replace(path)
-        _flush(directory)
-    except BaseException:
-        for beside in written.values():
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
-        raise
-
-
-def _flush(directory: Path) -> None:
-    """Make a rename last; not every system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -19,6 +19,7 @@ from .adoption import (
     Plan,
     PlanRow,
 )
+from .arena import ArenaCost, ArenaLook, ArenaResult, ArenaRun, ArenaTask, ArenaTaskResult
 from .base import SCHEMA_VERSION, Config, Environment
 from .bench import BenchResult, BenchRow, Change, Comparison, Floor, Growth, Rates
 from .choice import Choice, ChoiceRow, Diagnosis, HeadDiagnosis
@@ -31,6 +32,12 @@ from .timing import BreakEven, Timing
 __all__ = [
     "SCHEMA_VERSION",
     "Alternative",
+    "ArenaCost",
+    "ArenaLook",
+    "ArenaResult",
+    "ArenaRun",
+    "ArenaTask",
+    "ArenaTaskResult",
     "Audit",
     "BenchResult",
     "BenchRow",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..records import LineChart, to_json
-from ..records.arena import ArenaResult
+from ..records import ArenaResult, LineChart, to_json
 from .arena_charts import learning_curves
 from .arena_findings import QUESTION, findings_of
 from .arena_tables import conditions_table, cost_tables, overview_table, score_table

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from ..records import Line, LineChart
-from ..records.arena import ArenaLook, ArenaRun, ArenaTaskResult
+from ..records import ArenaLook, ArenaRun, ArenaTaskResult, Line, LineChart
 from .arena_rows import BASELINES, grouped, mean_of, unit
 from .arena_tables import title_of
 

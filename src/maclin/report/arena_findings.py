@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..records.arena import ArenaResult, ArenaTaskResult
+from ..records import ArenaResult, ArenaTaskResult
 from .arena_rows import AVERAGING, EXACT, LEARNS, Row, cost_of, counts, ratio, rows_of
 from .arena_tables import score_text, title_of
 

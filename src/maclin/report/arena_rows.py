@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..records.arena import ArenaCost, ArenaRun, ArenaTaskResult
+from ..records import ArenaCost, ArenaRun, ArenaTaskResult
 
 EXACT, AVERAGING = "softmax", "mean"
 BASELINES = (EXACT, AVERAGING, "window")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ..records.arena import ArenaCost, ArenaResult, ArenaTaskResult
+from ..records import ArenaCost, ArenaResult, ArenaTaskResult
 from . import words
 from .arena_rows import EXACT, Mean, Row, cost_of, ratio, rows_of, unit
 from .sections import environment_rows

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from ..files import NO_SPACE, restated, written_whole
 from ..records import SCHEMA_VERSION, Report, from_json, to_json
 from . import words
 from .html import render_html
@@ -112,12 +111,9 @@ def write_texts(texts: Mapping[str, str], out_dir: Path, *, noun: str) -> dict[s
     made = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with _all_or_nothing(out_dir, contents) as temporaries:
-            for name, temporary in temporaries.items():
-                with temporary.open("xb") as file:
-                    file.write(contents[name])
-                    file.flush()
-                    os.fsync(file.fileno())
+        with written_whole(*(out_dir / name for name in contents)) as beside:
+            for path, content in zip(beside, contents.values(), strict=True):
+                path.write_bytes(content)
     except BaseException as error:
         for path in made:
             with contextlib.suppress(OSError):
@@ -146,39 +142,10 @@ def load_record(cls: type[R], path: str | Path, *, noun: str) -> R:
         raise ValueError(f"{path}: not a {noun} of schema {SCHEMA_VERSION}: {error}") from error
 
 
-@contextlib.contextmanager
-def _all_or_nothing(out_dir: Path, contents: dict[str, bytes]) -> Iterator[dict[str, Path]]:
-    """Yields temporary paths by name; renames them on success, and undoes everything on any exception."""
-    tag = secrets.token_hex(4)
-    temporaries = {name: out_dir / f".{name}.{tag}.tmp" for name in contents}
-    backups = {name: out_dir / f".{name}.{tag}.old" for name in contents}
-    earlier = {name for name in contents if os.path.lexists(out_dir / name)}
-    renaming = False
-    try:
-        yield temporaries
-        renaming = True  # from here on every temporary file exists, or has become its target
-        for name in contents:
-            if name in earlier:
-                os.replace(out_dir / name, backups[name])
-            os.replace(temporaries[name], out_dir / name)
-    except BaseException:
-        for name in contents:
-            if os.path.lexists(backups[name]):
-                os.replace(backups[name], out_dir / name)
-            elif renaming and name not in earlier and not temporaries[name].exists():
-                (out_dir / name).unlink(missing_ok=True)
-            temporaries[name].unlink(missing_ok=True)
-        raise
-    for backup in backups.values():
-        backup.unlink(missing_ok=True)
-
-
 def _sentence(error: OSError, out_dir: Path, needed: int, noun: str) -> OSError:
     """The same error with one sentence that says what to do; the kind of the error is kept."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_SPACE:
         text = f"no space left for the {noun} in {out_dir}: it needs {words.size(needed)}; free some, or choose another"
     else:
         text = f"the {noun} could not be written to {out_dir} ({error.strerror or error}); choose another directory"
-    clear = type(error)(text)
-    clear.errno = error.errno
-    return clear
+    return restated(error, text)

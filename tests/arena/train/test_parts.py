@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maclin.arena.checkpoint import load_checkpoint, save_checkpoint, write_whole
+from maclin.arena.checkpoint import load_checkpoint, save_checkpoint, write_result
 from maclin.arena.costs import UNFUSED, random_batch, step_costs
 from maclin.arena.models import build_model, objective_of, test_scores, translated
 from maclin.arena.objective import Objective, num_judged, num_tokens, targets
@@ -256,15 +257,22 @@ def test_wrong_settings_are_refused(field: str, value: float) -> None:
         TrainSettings(**{field: value})  # type: ignore[arg-type]
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file"
-    write_whole(path, b"one")
-    write_whole(path, b"two")
-    assert path.read_bytes() == b"two"
-    assert [item.name for item in path.parent.iterdir()] == ["file"]
+def test_a_failing_disk_is_said_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a file").write_bytes(b"")
-    with pytest.raises(OSError, match="could not be written"):
-        write_whole(tmp_path / "a file" / "below", b"three")
+    with pytest.raises(OSError, match=r"could not be written .*; there is none yet"):
+        write_result(tmp_path / "a file" / "below", b"three")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_result(tmp_path / "last", b"one")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        OSError, match=r"no space left .* needs 3 bytes; the last one is still there: free some"
+    ) as told:
+        write_result(tmp_path / "last", b"two")
+    assert told.value.errno == 28
+    assert (tmp_path / "last").read_bytes() == b"one"
 
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:

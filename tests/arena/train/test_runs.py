@@ -15,7 +15,7 @@ from maclin.arena import ArenaJob, load_results, run, runs
 from maclin.arena.task import Field, Task
 from maclin.core.errors import CapabilityError, InputError, OptionError
 from maclin.nn import MacformerClassifier
-from maclin.records.arena import ArenaRun, ArenaTaskResult
+from maclin.records import ArenaRun, ArenaTaskResult
 
 TINY = {"width": 8, "num_layers": 1, "num_heads": 2, "feedforward": 8}
 SHORT = {"steps": 4, "batch_size": 8, "lr": 0.01}

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from maclin.arena import checkpoint
 from maclin.arena import train as train_module
 from maclin.arena.machine import accelerator_for
 from maclin.arena.objective import Batch
@@ -206,12 +205,12 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"no space left for .*the last one is still there.*--resume") as caught:
         train(job, accelerator)
     assert caught.value.errno == errno.ENOSPC
-    assert not list(job.folder.glob(".*.tmp"))
-    monkeypatch.setattr(checkpoint.os, "fsync", real)
+    assert not list(job.folder.glob(".*"))
+    monkeypatch.setattr(os, "fsync", real)
     found = train(training("run"), accelerator, resume=True)
     assert found.resumed_at_steps[0] > 0
     assert comparable(found) == comparable(expected)

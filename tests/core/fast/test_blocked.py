@@ -201,7 +201,7 @@ def test_huge_lengths_are_cut_into_blocks_of_bounded_size():
     sizes = [memory.block_tokens(length, 8 * 1000, device) for length in (10, 10_000, 10_000_000)]
     assert sizes[0] == 10
     assert sizes[1] % 64 == sizes[2] % 64 == 0
-    assert max(sizes) * 8000 <= 1.5 * memory.cache_bytes() * torch.get_num_threads() + 64 * 8000
+    assert max(sizes) * 8000 <= memory._SHARE * memory.cache_bytes() * torch.get_num_threads() + 64 * 8000
 
 
 def test_a_change_of_a_buffer_is_seen_by_the_next_call(qkv):

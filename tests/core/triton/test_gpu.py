@@ -40,7 +40,7 @@ def test_at_most_twice_as_wrong_as_naive_code(problem, tensors, rel_error, devic
 
     truth, naive = written_out(*(x.double() for x in (q, k, v, g))), written_out(q, k, v, g)
     for name, value, true, plain in zip(("out", "dq", "dk", "dv"), results[0], truth, naive, strict=True):
-        assert rel_error(value, true) <= 2 * rel_error(plain, true) + 2e-6, name
+        assert rel_error(value, true) <= 2 * rel_error(plain, true) + 3e-6, name
 
 
 def test_millions_of_tokens_keep_their_digits(problem, tensors, rel_error):

@@ -19,12 +19,12 @@ from torch import Tensor
 from ..algebra import accumulation_dtype
 from .derive import Deriver
 from .fill import Filler, Part
-from .memory import block_tokens, new_out
-from .read import Finish, lifted, root_of, square, widths_of
+from .memory import block_tokens
+from .read import Finish, lifted, root_of, widths_of
 from .spec import Side, Spec
 from .sums import computed_in, features_beside
 
-CHUNK = 64
+CHUNK = 128
 """Tokens of a chunk: of the order of the features and the values, so that both ways cost about the same."""
 
 
@@ -83,6 +83,19 @@ def pieces(length: int, chunks: int) -> list[Piece]:
         found.append(piece)
         start = piece.tokens.stop
     return found
+
+
+class Made(NamedTuple):
+    """Features and values of a piece; see ``Chunks``."""
+
+    queries: list[Part]
+    plain: list[Part]
+    keys: list[Part]
+    spread: list[Part]
+    values: Tensor
+    own: Tensor
+    weight: Tensor | None
+    dropped: Tensor | None
 
 
 @dataclass
@@ -163,6 +176,11 @@ class Walk:
             self._fillers[(key, chunks)] = found
         return found
 
+    def close(self) -> None:
+        """Give all memory back."""
+        for filler in self._fillers.values():
+            filler.close()
+
     def derivers(self, key: bool) -> Iterator[Deriver]:
         """All that were made of one side."""
         return (f for (of_key, _), f in self._fillers.items() if of_key == key and isinstance(f, Deriver))
@@ -195,10 +213,12 @@ class Walk:
             found = self._later[length] = torch.ones(length, length, dtype=self.dtype, device=self.like.device).tril_()
         return found
 
-    def features(
-        self, piece: Piece
-    ) -> tuple[list[Part], list[Part], list[Part], list[Part], Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Queries weighted and plain, keys and keys spread, values weighted and own, weight, dropped."""
+    def earlier(self, chunks: int) -> Tensor:
+        """1 below the diagonal."""
+        return self.later(chunks) - torch.eye(chunks, dtype=self.dtype, device=self.like.device)
+
+    def features(self, piece: Piece) -> Made:
+        """The features of one piece."""
         problem, chunks = self.problem, piece.chunks
         query, key = self.filler(False, chunks), self.filler(True, chunks)
         x, v = self.rows(problem.k, piece), self.rows(problem.v, piece)
@@ -216,7 +236,7 @@ class Walk:
         queries = [self._weighted(part, i, query, chunks) for i, part in enumerate(plain)]
         spread = keys if self.groups == 1 else [Part(self.spread(p.data, chunks), p.tokens_last) for p in keys]
         values = v if key.weight is None else v * weight.mT  # pyright: ignore[reportOptionalMemberAccess]
-        return queries, plain, keys, spread, values, v, weight, dropped
+        return Made(queries, plain, keys, spread, values, v, weight, dropped)
 
     def _weighted(self, part: Part, i: int, query: Filler, chunks: int) -> Part:
         if self.weights is None:
@@ -279,8 +299,9 @@ class Walk:
             of_z = part.data.sum(part.tokens) if weight is None else torch.bmm(phi, weight.mT)[..., 0]
             before = take(f"before{i}", *of_chunk.shape)
             before_of_z = torch.empty_like(of_z)
-            _running(self.kv[i], of_chunk.unflatten(0, (-1, chunks)), before.unflatten(0, (-1, chunks)))
-            _running(self.z[i], of_z.unflatten(0, (-1, chunks)), before_of_z.unflatten(0, (-1, chunks)))
+            for total, steps, place in ((self.kv[i], of_chunk, before), (self.z[i], of_z, before_of_z)):
+                rows = (len(total), chunks, -1)
+                _running(total.view(len(total), -1), steps.view(rows), place.view(rows), self.earlier(chunks))
             before_kv.append(self.spread(before, chunks))
             before_z.append(self.spread(before_of_z, chunks)[:, None])
         return before_kv, before_z
@@ -313,12 +334,13 @@ class Walk:
         denominator = made.denominator
         limits = torch.finfo(self.dtype)
         if denominator.device.type == "cpu":
-            # norms of everything cost little, and are more than those of any row
-            of_queries = math.sqrt(sum(square(part.data) for part in made.queries))
-            of_sums = float(torch.stack([z.square().sum(-1) for z in made.z]).sum(0).sqrt().amax())
-            within = math.sqrt(square(made.weighted) * made.weighted.shape[-1])
-            most = of_queries * of_sums + within
-            if float(denominator.abs().min()) > max(8 * limits.eps * most, limits.tiny):
+            # the norms of a chunk cost little, and are more than those of any of its rows
+            of_queries = torch.stack([_norms(part.data) for part in made.queries]).square().sum(0)
+            of_sums = torch.stack([_norms(z) for z in made.z]).square().sum(0)
+            within = _norms(made.weighted) * math.sqrt(made.weighted.shape[-1])
+            most = (of_queries * of_sums).sqrt() + within
+            least = (most * (8 * limits.eps)).clamp_min(limits.tiny)
+            if bool((denominator.abs().amin((1, 2)) > least).all()):
                 return denominator
         magnitude = made.weighted.abs().sum(-1)[:, None]
         of_queries = sum(
@@ -333,18 +355,26 @@ class Walk:
         return torch.where((magnitude == 0) & (denominator == 0), torch.ones_like(found), found)
 
 
-def _running(total: Tensor, steps: Tensor, before: Tensor) -> None:
-    """Adds steps (R, chunks, ...) to total (R, ...) one by one; ``before`` gets what it was before each."""
-    for i in range(steps.shape[1]):
-        before[:, i].copy_(total)
-        total.add_(steps[:, i])
+def _norms(x: Tensor) -> Tensor:
+    """Norm of each row (R, ., .) -> (R,)."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=-1)
+
+
+def _running(total: Tensor, steps: Tensor, before: Tensor, earlier: Tensor) -> None:
+    """Adds steps (R, chunks, W) to total (R, W); ``before`` gets what it was before each.
+
+    As a product with ``earlier`` (chunks, chunks), 1 below the diagonal: two calls, however many chunks.
+    """
+    start = total[:, None].to(steps.dtype)
+    torch.baddbmm(start, earlier.expand(len(steps), -1, -1), steps, out=before)
+    total.add_(steps.sum(1, dtype=total.dtype))
 
 
 def causal(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Out (B, H, N, Dv) of this dtype, and the sums kv and z after the last token."""
-    walk = Walk(problem, None, None)
     q, v = problem.q, problem.v
-    out = new_out(q.new_empty(0, dtype=dtype), (*q.shape[:3], v.shape[3]))
+    walk = Walk(problem, None, None)
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
     for piece in walk.pieces:
         made = walk.make(piece)
         finish = walk.settled(made, piece)
@@ -352,11 +382,12 @@ def causal(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
         if finish.constant_z is not None:
             numerator, denominator = lifted(numerator, denominator, finish)[:2]
         place = out[:, :, piece.tokens].unflatten(2, (piece.chunks, piece.length))
-        shape = (*q.shape[:2], piece.chunks, piece.length)
+        shape = place.shape[:-1]
         if finish.beta is None or finish.gamma is None:
             torch.div(numerator.view(*shape, -1), denominator.reshape(*shape, 1), out=place)
         else:
             x = numerator.div_(denominator)
             place.copy_(root_of(x, finish.beta).mul_(x).mul_(finish.gamma).view(*shape, -1))
+    walk.close()
     shape = problem.kv.shape[:2]
     return out, torch.cat(walk.kv, dim=1).unflatten(0, shape), torch.cat(walk.z, dim=1).unflatten(0, shape)

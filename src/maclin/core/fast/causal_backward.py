@@ -40,6 +40,8 @@ def causal_backward(
     queries = _Queries(d, problem, query_wanted)
     keys = _Keys(queries, dkv, dz, problem, key_wanted)
     shape = problem.kv.shape[:2]
+    queries.walk.close()
+    keys.walk.close()
     gamma, beta = queries.settled.derivatives(problem.q.shape[0])
     return CausalDerivatives(
         queries.dq,

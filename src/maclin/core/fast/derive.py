@@ -115,8 +115,7 @@ class Deriver(Filler):
         if of_log_weight is not None:
             at = self._side.projection.shape[-1] - 1  # pyright: ignore[reportOptionalMemberAccess]
             du[:, at, None].add_(of_log_weight)
-        dx = self._through_projection(du[:, :width], x)
-        return dx if linear is None else dx.add_(linear)
+        return self._through_projection(du[:, :width], x, linear)
 
     def _scatter(self, du: Tensor, d: Tensor, rank: int) -> None:
         """Add the derivatives of the factors of one rank to the entries of u that they are."""
@@ -128,8 +127,8 @@ class Deriver(Filler):
             ]
         torch.baddbmm(du, self._one_hot[rank], d, out=du)
 
-    def _through_projection(self, du: Tensor, x: Tensor) -> Tensor:
-        """Derivative (R, n, D) of x, from that of u (R, P, n)."""
+    def _through_projection(self, du: Tensor, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Derivative (R, n, D) of x, from that of u (R, P, n); added to what is there beside it."""
         assert self._matrix is not None
         if "projection" in self._sums:
             kept = self._sums["projection"]
@@ -137,6 +136,8 @@ class Deriver(Filler):
         if "offset" in self._sums:
             kept = self._sums["offset"]
             kept += du[:, : kept.shape[-1]].sum(-1)
+        if beside is not None:
+            return torch.baddbmm(beside, du.mT, self._matrix, out=beside)
         return torch.bmm(du.mT, self._matrix, out=self.buffers.take("dx", x.shape[0], x.shape[1], x.shape[2]))
 
     def _through_norm(self, d: Tensor) -> Tensor:

@@ -12,32 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .buffers import Buffers
 from .kept import fingerprint
 from .spec import MOST_EXPONENT, Side, Spec
 
 EPS = 1e-6  # as in ``norms``
-
-
-class Buffers:
-    """Memory for what is made of a block, taken once and used for every block."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._kept: dict[str, Tensor] = {}
-        self._views: dict[tuple[Any, ...], Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """A tensor of this shape (rows, width, tokens in any order); what it held is lost."""
-        view = self._views.get((name, *shape))
-        if view is None:
-            numel = shape[0] * shape[1] * shape[2]
-            flat = self._kept.get(name)
-            if flat is None or flat.numel() < numel:
-                flat = self._kept[name] = self._like.new_empty(numel)
-            view = self._views[(name, *shape)] = flat[:numel].view(shape)
-        return view
 
 
 @dataclass
@@ -83,23 +64,23 @@ _LAYOUTS: OrderedDict[tuple[Any, ...], tuple[Side, Layout]] = OrderedDict()
 _MOST_LAYOUTS = 256
 
 
-def layout_of(spec: Spec, side: Side, batch: int, like: Tensor, chunks: int = 1) -> Layout:
+def layout_of(spec: Spec, side: Side, batch: int, like: Tensor, chunks: int = 1, beside: bool = False) -> Layout:
     """The layout of a side, kept for the next call with the same tensors."""
     if all(x is None for x in side):
         return Layout(side)
-    key = (spec, batch, chunks, like.dtype, like.device, *map(fingerprint, side))
+    key = (spec, batch, chunks, beside, like.dtype, like.device, *map(fingerprint, side))
     found = _LAYOUTS.get(key)
     if found is None:
         found = _LAYOUTS[key] = (
             side,
-            _lay_out(spec, side, batch, like, chunks),
+            _lay_out(spec, side, batch, like, chunks, beside),
         )  # holds the tensors, so that their ids stay theirs
         if len(_LAYOUTS) > _MOST_LAYOUTS:
             _LAYOUTS.popitem(last=False)
     return found[1]
 
 
-def _lay_out(spec: Spec, side: Side, batch: int, like: Tensor, chunks: int) -> Layout:
+def _lay_out(spec: Spec, side: Side, batch: int, like: Tensor, chunks: int, beside: bool) -> Layout:
     side = Side(*(_rows(x, batch, like, chunks) for x in side))
     if side.projection is None:
         return Layout(side)
@@ -115,6 +96,9 @@ def _lay_out(spec: Spec, side: Side, batch: int, like: Tensor, chunks: int) -> L
         else:
             offset = offset.clone()
             offset[:, spec.ranks[0] : spec.ranks[0] + constants] = 1.0
+    if beside:
+        matrix = torch.cat([matrix, like.new_zeros(num, 1, matrix.shape[-1])], dim=1)
+        offset = None if offset is None else torch.cat([offset, like.new_zeros(num, 1)], dim=1)
     if spec.ranks and spec.gathered:
         assert side.index is not None
         start = (torch.arange(num, device=like.device) * matrix.shape[1])[:, None]
@@ -156,38 +140,29 @@ class Filler:
         self.spec = spec
         self.key = key
         self.keeps = keeps
-        self.buffers = Buffers(like)
+        self.buffers = Buffers(like.dtype, like.device)
         self.beside: Tensor | None = None
         self.weight: Tensor | None = None
         self.clamped: Tensor | None = None
         self._log_scale = None if log_scale is None else log_scale.to(like.dtype)[:, :, None]
-        layout = layout_of(spec, side, batch, like, chunks)
+        layout = layout_of(spec, side, batch, like, chunks, beside is not None)
         self._side = layout.side
         self._matrix, self._offset, self._index = layout.matrix, layout.offset, layout.index
         self._beside_at = -1
         if beside is not None:
-            self._append(beside.to(like.dtype)[:, None])
+            # one entry of u more, for which the layout has left room
+            self._matrix = beside[:, None] if self._matrix is None else self._matrix.clone()
+            self._matrix[:, -1] = beside
+            self._beside_at = self._matrix.shape[1] - 1
         self._norms: Tensor | None = None
         self._x: Tensor | None = None
         self._u: Tensor | None = None
         self._prefixes: list[Tensor] = []
         self._factors: list[Tensor] = []
 
-    def _append(self, row: Tensor) -> None:
-        """One entry more of u: the inner product with (R, 1, D)."""
-        if self._matrix is None:
-            self._matrix, self._beside_at = row, 0
-            return
-        self._beside_at = self._matrix.shape[1]
-        self._matrix = torch.cat([self._matrix, row], dim=1)
-        if self._offset is not None:
-            self._offset = nn.functional.pad(self._offset, (0, 0, 0, 1))
-        if self._index:
-            # where u has an entry more, the rows of later heads move
-            moved = torch.arange(len(row), device=row.device)[:, None]
-            self._index = [(rank.view(len(row), -1) + moved).flatten() for rank in self._index]
-
-    # ---- forward
+    def close(self) -> None:
+        """Give the memory back; nothing that this has made may be used afterwards."""
+        self.buffers.close()
 
     def prepare(self, x: Tensor) -> Tensor:
         """x (R, n, D) of any floating dtype, normalised and shifted, in the dtype of the block."""

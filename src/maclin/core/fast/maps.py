@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from .. import statistics
 from ..algebra import grouped
 from . import causal_ops, ops
 from .causal import Problem
+from .kept import Kept
 from .read import Finish
 from .spec import MOST_EXPONENT, Side, Spec, features, log_weights
 
@@ -27,7 +28,7 @@ class Maps:
         query: tensors for queries, a row per key head or per query head.
         key: tensors for keys, a row per key head.
         q_weights: (H, F) or (Hk, F), or None for 1; not in the log domain.
-        k_weights: (Hk, F), or None for 1.
+        k_weights: (Hk, F); None where q_weights are.
         gamma: (H,) of ppSBN's second half, or None.
         beta: (H,) of the same.
     """
@@ -40,6 +41,7 @@ class Maps:
     k_weights: Tensor | None = None
     gamma: Tensor | None = None
     beta: Tensor | None = None
+    _kept: Kept[Tensor] = field(default_factory=Kept[Tensor], repr=False, compare=False)
 
     def of_queries(self, q: Tensor) -> Tensor:
         """Features (B, H, n, F) of q (B, H, n, D), or logarithms."""
@@ -61,18 +63,28 @@ class Maps:
             kv, z = kv * weights[..., None], z * weights
         return kv, z, log_scale
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, floor: float) -> Tensor:
+        """Out (B, H, N, Dv) in q's dtype, under the sum of all features; as ``accumulate`` and ``read``."""
+        heads = q.shape[1]
+        sums = ops.accumulate(k, v, key_mask, self.key, self.key_spec)
+        kv, z, log_scale = (grouped(x, heads) for x in sums)
+        return self._read(q, kv, z, log_scale, self._weights(kv, heads), floor)
+
     def read(self, q: Tensor, kv: Tensor, z: Tensor, log_scale: Tensor, floor: float) -> Tensor:
         """Out of all queries, in q's dtype; kv and z are those of the query heads or of the key heads."""
         heads = q.shape[1]
         kv, z, log_scale = (grouped(x, heads) for x in (kv, z, log_scale))
-        if self.q_weights is not None:
-            weights = self.q_weights.to(kv)
-            if len(weights) != heads:
-                weights = grouped(weights[None], heads)
+        weights = None if self.q_weights is None else grouped(self.q_weights[None].to(kv), heads)[0]
+        return self._read(q, kv, z, log_scale, weights, floor)
+
+    def _read(
+        self, q: Tensor, kv: Tensor, z: Tensor, log_scale: Tensor, weights: Tensor | None, floor: float
+    ) -> Tensor:
+        if weights is not None:
             kv, z = kv * weights[..., None], z * weights
         constant = (kv[:, :, -1], z[:, :, -1]) if floor else (None, None)
         finish = Finish(floor, *constant, self.gamma, self.beta)
-        return ops.read(q, kv, z, log_scale, finish, self.query.for_heads(heads), self.query_spec)
+        return ops.read(q, kv, z, log_scale, finish, self.query.for_heads(q.shape[1]), self.query_spec)
 
     @property
     def has_causal(self) -> bool:
@@ -105,5 +117,14 @@ class Maps:
 
     def _weights(self, like: Tensor, heads: int) -> Tensor | None:
         """Weights of the products of features, (H, F)."""
-        both = [grouped(x[None].to(like), heads)[0] for x in (self.q_weights, self.k_weights) if x is not None]
-        return None if not both else both[0] if len(both) == 1 else both[0] * both[1]
+        if self.q_weights is None or self.k_weights is None:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _product(self.q_weights, self.k_weights, like, heads)
+        parts = (self.q_weights, self.k_weights, like.dtype, like.device, heads)
+        return self._kept.get(lambda: _product(parts[0], parts[1], like, heads), parts)
+
+
+def _product(q_weights: Tensor, k_weights: Tensor, like: Tensor, heads: int) -> Tensor:
+    q_weights, k_weights = (grouped(x[None].to(like), heads)[0] for x in (q_weights, k_weights))
+    return q_weights * k_weights

@@ -1,22 +1,17 @@
-"""How many tokens a block has, and where out is written."""
+"""How many tokens a block has."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 _DEFAULT_CACHE = 1 << 20
-_SHARE = 1.5  # of the second-level caches that a block may take: what is read once may fall out
+_SHARE = 3.0  # of the second-level caches that a block may take: less, and calls cost more than caches save
 _DEVICE_BYTES = 1 << 26  # of a block where calls are dear and memory is not
 _STEP = 64  # tokens; in odd lengths matrix products lose a third of their rate
-_HUGE = 1 << 23  # bytes from which huge pages are asked for
-_MADV_HUGEPAGE = 14
 
 
 def block_tokens(length: int, token_bytes: int, device: torch.device) -> int:
@@ -47,19 +42,3 @@ def cache_bytes() -> int:
         return os.sysconf("SC_LEVEL2_CACHE_SIZE") or _DEFAULT_CACHE
     except (OSError, ValueError, AttributeError):
         return _DEFAULT_CACHE
-
-
-def new_out(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Memory for out. Where it comes fresh from the system, the faults of small pages cost a tenth of a long call."""
-    out = like.new_empty(shape)
-    size = out.numel() * out.element_size()
-    if size >= _HUGE and out.device.type == "cpu" and sys.platform == "linux":
-        page = os.sysconf("SC_PAGE_SIZE")
-        start = -(-out.data_ptr() // page) * page
-        _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(size - (start - out.data_ptr())), _MADV_HUGEPAGE)
-    return out
-
-
-@lru_cache(maxsize=1)
-def _madvise():
-    return ctypes.CDLL(None).madvise  # advice only: what it returns does not matter

@@ -183,6 +183,7 @@ def _(q: Tensor, kv: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op("maclin::read_backward", mutates_args=())
 def _read_backward(
     d: Tensor,
+    out: Tensor,
     q: Tensor,
     kv: Tensor,
     z: Tensor,
@@ -203,7 +204,7 @@ def _read_backward(
 ) -> list[Tensor]:
     side = Side(projection, offset, index, shift, mean, variance)
     finish = Finish(floor, constant_kv, constant_z, gamma, beta)
-    found = _read.read_backward(d, q, kv, z, log_scale, finish, side, spec_of(spec), frozenset(wanted.split()))
+    found = _read.read_backward(d, q, kv, z, log_scale, finish, side, spec_of(spec), frozenset(wanted.split()), out)
     return [
         *(some(x, q) for x in found[:-1]),
         *(some(found.deriver.derivative(name), q) for name in Side._fields),
@@ -213,6 +214,7 @@ def _read_backward(
 @_read_backward.register_fake
 def _(
     d: Tensor,
+    out: Tensor,
     q: Tensor,
     kv: Tensor,
     z: Tensor,
@@ -248,15 +250,15 @@ def _(
 
 def _read_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, spec, floor = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(output, *tensors)
     ctx.spec, ctx.floor = spec, floor
 
 
 def _read_vjp(ctx: Any, d: Tensor) -> tuple[_Maybe, ...]:
-    tensors = ctx.saved_tensors
+    out, *tensors = ctx.saved_tensors
     side = Side(*tensors[8:])
     wanted = " ".join(wanted_of(side, ctx.needs_input_grad[8 : 8 + _SIDE]))
-    dq, dkv, dz, *rest = torch.ops.maclin.read_backward(d, *tensors, ctx.spec, ctx.floor, wanted)
+    dq, dkv, dz, *rest = torch.ops.maclin.read_backward(d, out, *tensors, ctx.spec, ctx.floor, wanted)
     others = (or_none(x, found) for x, found in zip(tensors[4:], rest, strict=True))
     return (dq, dkv.to(tensors[1].dtype), dz.to(tensors[2].dtype), None, *others, None, None)
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from ..algebra import accumulation_dtype
 from .derive import Deriver
 from .fill import Filler, Part
-from .memory import new_out
 from .spec import Side, Spec
-from .sums import grid
+from .sums import DERIVED, grid
 
 _POST_EPS = 1e-6  # as in ``norms.PostScale``
 
@@ -102,7 +101,7 @@ def read(
     logs = log_scale.flatten(0, 1) if log_scale.shape[-1] else None
     beside = rows.z[0][:, 0] if spec.linear else None
     filler = Filler(spec, side, q.shape[0], like, key=False, log_scale=logs, beside=beside)
-    out = new_out(q.new_empty(0, dtype=dtype), (*q.shape[:3], kv.shape[3]))
+    out = q.new_empty(*q.shape[:3], kv.shape[3], dtype=dtype)
     flat = out.flatten(0, 1)
     for tokens in cut:
         parts = query_parts(filler, filler.prepare(cut.rows(q, tokens)), logs)
@@ -113,6 +112,7 @@ def read(
             continue
         denominator = guarded(denominator_of(parts, rows.z, filler.beside), parts, rows, filler)
         settle(numerator, denominator, rows.finish, flat[:, tokens])
+    filler.close()
     return out
 
 
@@ -230,9 +230,13 @@ def read_backward(
     side: Side,
     spec: Spec,
     wanted: frozenset[str],
+    out: Tensor | None = None,
 ) -> ReadDerivatives:
-    """Derivatives, by making every block again; guarded denominators are taken as constant."""
-    cut = grid(q, spec, side, 3 * kv.shape[3])
+    """Derivatives, by making every block again; guarded denominators are taken as constant.
+
+    ``out`` is what ``read`` gave; it saves the numerators where nothing stands between them and out.
+    """
+    cut = grid(q, spec, side, 3 * kv.shape[3], DERIVED)
     widths = widths_of(spec, q.shape[3], kv.shape[2])
     rows = rows_of(kv, z, finish, widths, cut.dtype)
     like = q.new_empty(0, dtype=cut.dtype)
@@ -247,12 +251,19 @@ def read_backward(
     dq = torch.empty_like(q)
     for tokens in cut:
         parts = query_parts(deriver, deriver.prepare(cut.rows(q, tokens)), logs)
-        numerator = deriver.buffers.take("out", dq.shape[0] * dq.shape[1], parts[0].by_feature.shape[2], kv.shape[3])
-        numerator_of(parts, rows.kv, numerator)
         g = cut.rows(d, tokens)
         if spec.family == "identity":
             dn, dd = g, None
+        elif out is not None and finish.gamma is None and finish.constant_z is None:
+            raw = denominator_of(parts, rows.z, None)
+            safe = guarded(raw, parts, rows, deriver)
+            dn = torch.div(g, safe.mT, out=deriver.buffers.take("dn", *g.shape))
+            product = torch.mul(dn, cut.rows(out, tokens), out=deriver.buffers.take("product", *g.shape))
+            dd = product.sum(-1)[:, None].neg_()
+            if safe is not raw:
+                dd *= safe == raw
         else:
+            numerator = numerator_of(parts, rows.kv, deriver.buffers.take("out", *g.shape))
             raw = denominator_of(parts, rows.z, None)
             safe = guarded(raw, parts, rows, deriver)
             dn, dd = settled.backward(g, numerator, safe, raw, rows.finish)
@@ -262,19 +273,20 @@ def read_backward(
         derivatives: list[Tensor] = []
         for i, part in enumerate(parts):
             _add(of_kv[i], part.by_feature, dn)
-            out = deriver.buffers.take(f"d{i}", *part.data.shape)
+            of_part = deriver.buffers.take(f"d{i}", *part.data.shape)
             if part.tokens_last:
-                torch.bmm(rows.kv[i], dn.mT, out=out)
+                torch.bmm(rows.kv[i], dn.mT, out=of_part)
             else:
-                torch.bmm(dn, rows.kv[i].mT, out=out)
+                torch.bmm(dn, rows.kv[i].mT, out=of_part)
             if dd is not None:
                 of_z[i] += torch.bmm(dd, part.by_feature.mT)
                 if part.tokens_last:
-                    torch.baddbmm(out, rows.z[i].mT, dd, out=out)
+                    torch.baddbmm(of_part, rows.z[i].mT, dd, out=of_part)
                 else:
-                    torch.baddbmm(out, dd.mT, rows.z[i], out=out)
-            derivatives.append(out)
+                    torch.baddbmm(of_part, dd.mT, rows.z[i], out=of_part)
+            derivatives.append(of_part)
         dq[:, :, tokens] = deriver.backward(parts, derivatives).unflatten(0, q.shape[:2])
+    deriver.close()
     shape = q.shape[:2]
     gamma, beta = settled.derivatives(q.shape[0])
     return ReadDerivatives(

@@ -20,6 +20,9 @@ from .fill import Filler, Part
 from .memory import block_tokens
 from .spec import Side, Spec
 
+DERIVED = 0.6
+"""Of the tokens of a block, where derivatives are held beside features."""
+
 
 class Grid(NamedTuple):
     """Blocks of the tokens of x (B, h, N, D), as rows (R, n, D) in the dtype that they are computed in."""
@@ -39,12 +42,12 @@ class Grid(NamedTuple):
         return block if block.dtype == self.dtype else block.to(self.dtype)
 
 
-def grid(x: Tensor, spec: Spec, side: Side, width: int) -> Grid:
-    """How x is cut, with as many values of ``width`` beside its features."""
+def grid(x: Tensor, spec: Spec, side: Side, width: int, share: float = 1.0) -> Grid:
+    """How x is cut, with as many values of ``width`` beside its features; ``share`` of what a block may take."""
     projections = 0 if side.projection is None else side.projection.shape[-1]
     per_row = 2 * x.shape[3] + width + projections + 2 * features_beside(spec, projections)
     dtype = computed_in(x)
-    size = block_tokens(x.shape[2], x.shape[0] * x.shape[1] * per_row * dtype.itemsize, x.device)
+    size = block_tokens(x.shape[2], int(x.shape[0] * x.shape[1] * per_row * dtype.itemsize / share), x.device)
     return Grid(x, size, dtype)
 
 
@@ -192,6 +195,7 @@ def accumulate(
             top = finite(state.rescale(parts[0])).to(cut.dtype)
             parts = [filler.exponentiate(parts[0], _beside(parts[0], top))]
         state.add(parts, keys)
+    filler.close()
     return state.tensors(k.shape[0])
 
 
@@ -207,7 +211,7 @@ def accumulate_backward(
     wanted: frozenset[str],
 ) -> tuple[Tensor, Tensor, Deriver]:
     """Derivatives of k and v, and the deriver that holds those of the side; log_scale is taken as constant."""
-    cut = grid(k, spec, side, v.shape[3])
+    cut = grid(k, spec, side, v.shape[3], DERIVED)
     like = k.new_empty(0, dtype=cut.dtype)
     deriver = Deriver(spec, side, k.shape[0], like, key=True, wanted=wanted)
     keys = Keys(deriver, cut, k, v, key_mask)
@@ -221,26 +225,28 @@ def accumulate_backward(
         of_keys, of_values = keys_backward(parts, keys, deriver, dkv, dz)
         dk[:, :, tokens] = of_keys.unflatten(0, k.shape[:2])
         dv[:, :, tokens] = of_values.unflatten(0, k.shape[:2])
+    deriver.close()
     return dk, dv, deriver
 
 
 def keys_backward(parts: list[Part], keys: Keys, deriver: Deriver, dkv: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
     """Derivatives of one block of keys and values (R, n, .), from those of the sums (R, F, Dv) and (R, F)."""
-    start, dv = 0, None
+    start, dv = 0, deriver.buffers.take("dv", *keys.values.shape)
     derivatives: list[Tensor] = []
     for i, part in enumerate(parts):
         width = part.data.shape[1 if part.tokens_last else 2]
         of_kv, of_z = dkv[:, start : start + width], dz[:, start : start + width]
         start += width
-        read = torch.bmm(part.by_feature.mT, of_kv)
-        dv = read if dv is None else dv.add_(read)
+        if i == 0:
+            torch.bmm(part.by_feature.mT, of_kv, out=dv)
+        else:
+            torch.baddbmm(dv, part.by_feature.mT, of_kv, out=dv)
         out = deriver.buffers.take(f"d{i}", *part.data.shape)
         if part.tokens_last:
             torch.baddbmm(of_z[:, :, None], of_kv, keys.values.mT, out=out)
         else:
             torch.baddbmm(of_z[:, None], keys.values, of_kv.mT, out=out)
         derivatives.append(out)
-    assert dv is not None
     of_log_weight = None
     if keys.weight is not None:
         if deriver.weight is not None:
