@@ -125,7 +125,10 @@ def assumed(kernel: Kernel, head_dim: int, num_features: int) -> tuple[int, ...]
 
 def without_data(head_dim: int, num_kv_heads: int, counts: Sequence[int]) -> Strata:
     """The monomials of each degree that need the fewest axes, as they are: none is worth much more than another."""
-    axes = [torch.tensor(_fewest_axes(degree, count)).view(count, degree) for degree, count in enumerate(counts)]
+    axes = [
+        torch.tensor(_fewest_axes(degree, count), dtype=torch.int64).view(count, degree)
+        for degree, count in enumerate(counts)
+    ]
     for chosen in axes:
         if chosen.numel() and int(chosen.max()) >= head_dim:
             raise OptionError(

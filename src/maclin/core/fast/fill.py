@@ -208,6 +208,12 @@ class Filler:
         torch.cos(u, out=phi[:, half:])
         return [Part(phi, True)]
 
+    def as_given(self, parts: list[Part], x: Tensor) -> list[Part]:
+        """The parts with x (B, h, n, D) itself, in its own dtype, where its entries are features as they are."""
+        if not self.spec.linear or self.spec.norm or self._side.shift is not None:
+            return parts
+        return [Part(x.flatten(0, 1), False), *parts[1:]]
+
     def exponentiate(self, part: Part, top: Tensor) -> Part:
         """exp(part - top), in the part's own memory where that is not x."""
         own = part.tokens_last or self.spec.scale != 1.0

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..algebra import accumulation_dtype
+from .buffers import Buffers
 from .derive import Deriver
 from .fill import Filler, Part
 from .spec import Side, Spec
-from .sums import DERIVED, grid
+from .sums import DERIVED, grid, multiplied_in
 
 _POST_EPS = 1e-6  # as in ``norms.PostScale``
 
@@ -52,10 +53,12 @@ class Rows:
     finish: Finish  # its tensors are (R, 1, .)
 
 
-def rows_of(kv: Tensor, z: Tensor, finish: Finish, widths: list[int], dtype: torch.dtype) -> Rows:
-    """From sums (B, H, F, Dv) and (B, H, F)."""
+def rows_of(
+    kv: Tensor, z: Tensor, finish: Finish, widths: list[int], dtype: torch.dtype, values: torch.dtype | None = None
+) -> Rows:
+    """From sums (B, H, F, Dv) and (B, H, F); kv in the dtype of values, everything else in ``dtype``."""
     batch = kv.shape[0]
-    kv, z = kv.flatten(0, 1).to(dtype), z.flatten(0, 1).to(dtype)
+    kv, z = kv.flatten(0, 1).to(values or dtype), z.flatten(0, 1).to(dtype)
 
     def per_head(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(dtype).repeat(batch)[:, None, None]
@@ -96,7 +99,9 @@ def read(
     """Out (B, H, N, Dv), contiguous, of this dtype."""
     cut = grid(q, spec, side, 2 * kv.shape[3])
     widths = widths_of(spec, q.shape[3], kv.shape[2])
-    rows = rows_of(kv, z, finish, widths, cut.dtype)
+    values = multiplied_in(q)
+    rows = rows_of(kv, z, finish, widths, cut.dtype, values)
+    half = None if values == cut.dtype else Buffers(values, q.device)
     like = q.new_empty(0, dtype=cut.dtype)
     logs = log_scale.flatten(0, 1) if log_scale.shape[-1] else None
     beside = rows.z[0][:, 0] if spec.linear else None
@@ -105,14 +110,19 @@ def read(
     flat = out.flatten(0, 1)
     for tokens in cut:
         parts = query_parts(filler, filler.prepare(cut.rows(q, tokens)), logs)
-        numerator = filler.buffers.take("out", flat.shape[0], parts[0].by_feature.shape[2], flat.shape[2])
-        numerator_of(parts, rows.kv, numerator)
+        shape = (flat.shape[0], parts[0].by_feature.shape[2], flat.shape[2])
+        read_by = filler.as_given(parts, q[:, :, tokens]) if half is not None else parts
+        numerator = numerator_of(read_by, rows.kv, (half or filler.buffers).take("out", *shape))
+        if half is not None and (finish.gamma is not None or finish.floor):
+            numerator = numerator.to(cut.dtype)
         if spec.family == "identity":
             flat[:, tokens] = numerator
             continue
         denominator = guarded(denominator_of(parts, rows.z, filler.beside), parts, rows, filler)
         settle(numerator, denominator, rows.finish, flat[:, tokens])
     filler.close()
+    if half is not None:
+        half.close()
     return out
 
 
@@ -130,9 +140,13 @@ def query_parts(filler: Filler, x: Tensor, log_scale: Tensor | None) -> list[Par
 
 def numerator_of(parts: list[Part], kv: list[Tensor], out: Tensor) -> Tensor:
     """(R, n, Dv)."""
-    torch.bmm(parts[0].by_feature.mT, kv[0], out=out)
-    for part, sums in zip(parts[1:], kv[1:], strict=True):
-        torch.baddbmm(out, part.by_feature.mT, sums, out=out)
+    for i, (part, sums) in enumerate(zip(parts, kv, strict=True)):
+        phi = part.by_feature.mT
+        phi = phi if phi.dtype == sums.dtype else phi.to(sums.dtype)
+        if i:
+            torch.baddbmm(out, phi, sums, out=out)
+        else:
+            torch.bmm(phi, sums, out=out)
     return out
 
 
@@ -179,7 +193,8 @@ def settle(numerator: Tensor, denominator: Tensor, finish: Finish, out: Tensor) 
         if out.device.type != "cpu" or bool(short.any()):
             numerator, denominator = lifted(numerator, denominator, finish)[:2]
     if finish.gamma is None or finish.beta is None:
-        torch.div(numerator, denominator, out=out)
+        # a mixed division would first make copies in the wider dtype
+        torch.div(numerator, denominator.to(numerator.dtype), out=out)
         return
     x = numerator.div_(denominator)
     out.copy_(root_of(x, finish.beta).mul_(x).mul_(finish.gamma))

@@ -59,7 +59,12 @@ def features_beside(spec: Spec, projections: int) -> int:
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """bfloat16 where the processor has units for it, else the dtype of sums."""
+    """The dtype of features: that of sums."""
+    return accumulation_dtype(x.dtype)
+
+
+def multiplied_in(x: Tensor) -> torch.dtype:
+    """The dtype in which features meet values: bfloat16 where x is and the processor has units for it."""
     if x.dtype == torch.bfloat16 and (x.device.type != "cpu" or has_bfloat16_units()):
         return x.dtype
     return accumulation_dtype(x.dtype)
@@ -67,7 +72,7 @@ def computed_in(x: Tensor) -> torch.dtype:
 
 def has_bfloat16_units() -> bool:
     """Whether this processor multiplies matrices in bfloat16 faster than in float32."""
-    return False
+    return torch.cpu._is_amx_tile_supported()
 
 
 class Keys:
@@ -84,11 +89,13 @@ class Keys:
     def __init__(self, filler: Filler, cut: Grid, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
         self.filler = filler
         self.cut = cut
+        self.dtype = multiplied_in(v) if not filler.keeps else cut.dtype
         self.k = k
         self.v = v
         self.key_mask = key_mask
         self.values: Tensor  # as they are, 0 where masked
         self.weighted: Tensor  # times the weight
+        self.given: list[Part]  # the features as they meet the values
         self.weight: Tensor | None = None
         self.dropped: Tensor | None = None
         self.known: Tensor | None = None  # sums over x, which cost least before anything else reads it
@@ -96,7 +103,7 @@ class Keys:
     def block(self, tokens: slice) -> list[Part]:
         """The features of these keys, logarithms in the log domain; masked ones add nothing."""
         filler, spec = self.filler, self.filler.spec
-        x, v = self.cut.rows(self.k, tokens), self.cut.rows(self.v, tokens)
+        x, v = self.cut.rows(self.k, tokens), self.v[:, :, tokens].flatten(0, 1).to(self.dtype)
         self.dropped = self.weight = None
         if self.key_mask is not None:
             mask = self.key_mask[:, tokens]
@@ -119,9 +126,14 @@ class Keys:
                 self.weight = kept if self.weight is None else self.weight * kept
         self.values = v
         self.weighted = v
+        self.given = parts
+        if self.dtype != x.dtype and self.dropped is None:
+            self.given = filler.as_given(parts, self.k[:, :, tokens])
         if filler.weight is not None:  # where only the mask weighs, v is 0 already
             assert self.weight is not None
-            self.weighted = torch.mul(v, self.weight.mT, out=filler.buffers.take("v", *v.shape))
+            self.weighted = v * self.weight.mT.to(v.dtype)
+            if v.dtype == x.dtype:
+                self.weighted = torch.mul(v, self.weight.mT, out=filler.buffers.take("v", *v.shape))
         return parts
 
     def sum_of(self, part: Part) -> Tensor:
@@ -157,7 +169,8 @@ class State:
     def add(self, parts: list[Part], keys: Keys) -> None:
         """Add one block."""
         for i, part in enumerate(parts):
-            phi, v, summed = part.by_feature, keys.weighted, keys.sum_of(part)
+            phi, v, summed = keys.given[i].by_feature, keys.weighted, keys.sum_of(part)
+            phi = phi if phi.dtype == v.dtype else phi.to(v.dtype)
             if i == len(self.kv):
                 wide = accumulation_dtype(v.dtype)
                 self.kv.append(torch.bmm(phi, v).to(wide))
@@ -193,7 +206,7 @@ def accumulate(
         parts = keys.block(tokens)
         if spec.log_domain:
             top = finite(state.rescale(parts[0])).to(cut.dtype)
-            parts = [filler.exponentiate(parts[0], _beside(parts[0], top))]
+            keys.given = parts = [filler.exponentiate(parts[0], _beside(parts[0], top))]
         state.add(parts, keys)
     filler.close()
     return state.tensors(k.shape[0])
