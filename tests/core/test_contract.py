@@ -330,7 +330,7 @@ def test_features_are_never_stored_whole(name):
         largest.append(largest_intermediate(partial(mech, *(x[:, :, :length] for x in (q, k, v)))))
     assert largest[0] < 4 * 2 * 4 * n * m / 8  # bytes
     out = 4 * 2 * 4 * n * 8
-    assert largest[0] <= max(1.25 * largest[1], out)  # a block, whatever the length; blocks are of equal length
+    assert largest[0] <= 1.25 * max(largest[1], out)  # a block, whatever the length; blocks are of equal length
 
 
 @pytest.mark.parametrize("causal", [False, True])

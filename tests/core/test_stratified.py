@@ -187,10 +187,11 @@ def test_the_counts_that_are_assumed_without_data(head_dim, num_features, counts
     assert stratified.assumed(odd, head_dim, num_features) == (1, head_dim)
 
 
-def test_without_data_squares_come_before_mixed_products():
+def test_without_data_monomials_use_the_fewest_axes():
     strata = stratified.without_data(4, 2, (1, 4, 6, 3))
-    degree_2 = strata.axes[0][2].tolist()
-    assert sorted(degree_2[:4]) == [[i, i] for i in range(4)]
-    assert all(i < j for i, j in degree_2[4:])
+    assert strata.axes[0][2].tolist() == [[0, 0], [0, 1], [1, 1], [0, 2], [1, 2], [2, 2]]
+    assert strata.axes[0][3].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 1]]
     assert strata.rel_error is None
     assert [len(axes) for axes in strata.axes[1]] == [1, 4, 6, 3]
+    with pytest.raises(maclin.OptionError, match="fewer monomials of degree 2"):
+        stratified.without_data(4, 2, (1, 4, 11))

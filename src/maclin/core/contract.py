@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from . import statistics
+from . import triton as kernels
 from .algebra import accumulation_dtype, exp_difference, finite, grouped, per_key_head, top_of, wide
 from .blocks import OutBlocks, token_blocks
 from .fast.maps import Maps
@@ -264,9 +265,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor
         block of features and M x (Dv + 1) sums per head.
     """
     fast = features.fast
+    by_kernels = None if fast is None else kernel_attention(q, k, v, features, fast, key_mask)
+    if by_kernels is not None:
+        return by_kernels
     if fast is not None and features.normaliser == "sum" and q.numel() and k.shape[2]:
         return fast.attend(q, k, v, key_mask, features.floor).to(v.dtype)
     return read_all(q, accumulate(k, v, features, key_mask), features, v)
+
+
+def kernel_attention(
+    q: Tensor, k: Tensor, v: Tensor, features: Features, maps: Maps, key_mask: Tensor | None
+) -> Tensor | None:
+    """Out by Triton kernels, where they are turned on and have one; else None."""
+    if not kernels.enabled() or features.normaliser == "count" or not q.numel() or not k.shape[2]:
+        return None
+    from .triton.dispatch import attend as by_kernels  # imports triton
+
+    out = by_kernels(maps, q, k, v, key_mask, features.floor)
+    return out if out is None or features.post is None else features.post(out)
 
 
 def read_all(q: Tensor, sums: Sums, features: Features, v: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """The blocked operators against the plain form in float64: values, derivatives, shapes, strides, bad input."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import maclin
 from maclin.core.fast import causal as fast_causal
@@ -111,9 +114,9 @@ def test_state_goes_on_from_one_form_to_the_other(qkv, plainly, mech):
 def test_the_operators_are_well_formed(qkv, case, causal):
     """Schema, fake shapes, autograd registration and tracing, as torch checks them."""
     mech, (q, k, v) = build(case), qkv(20, 20)
-    calls: list[tuple[object, tuple[object, ...]]] = []
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
 
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+    class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "maclin":
                 calls.append((func, args))
@@ -172,7 +175,7 @@ def test_compile_without_a_graph_break_and_export(name, options, causal):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         exported = torch.export.export(model, (q.detach(), k.detach(), v.detach(), mask))
-        torch.testing.assert_close(exported.module()(q, k, v, mask), model(q, k, v, mask), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(exported.module().forward(q, k, v, mask), model(q, k, v, mask), rtol=1e-4, atol=1e-5)
 
 
 def _both(one, other, *inputs: Tensor):
@@ -208,7 +211,7 @@ def test_a_change_of_a_buffer_is_seen_by_the_next_call(qkv):
     mech, (q, k, v) = build("stratified-raw"), qkv(20, 20)
     with torch.no_grad():
         before = mech(q, k, v)
-        mech.map.coefficients.mul_(0.5)
+        mech.get_buffer("map.coefficients").mul_(0.5)
         after = mech(q, k, v)
         with maclin.guarded():
             wanted = mech(q, k, v)

@@ -35,12 +35,16 @@ class Buffers:
         self._kept, self._views = self._taken()
 
     def _taken(self) -> _Storage:
-        if self._device.type == "cpu":
+        if self._pooled():
             for i, (dtype, storage) in enumerate(_free.sets):
                 if dtype == self._dtype:
                     del _free.sets[i]
                     return storage
         return {}, {}
+
+    def _pooled(self) -> bool:
+        # whoever watches every operation, as to count memory, is to see all of it
+        return self._device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
     def take(self, name: str, *shape: int) -> Tensor:
         """A tensor of this shape (rows, width, tokens in any order); what it held is lost."""
@@ -60,7 +64,7 @@ class Buffers:
     def close(self) -> None:
         """Give the memory back."""
         size = sum(x.numel() * x.element_size() for x in self._kept.values())
-        if self._device.type == "cpu" and size <= _MOST_BYTES and len(_free.sets) < _MOST_KEPT:
+        if self._pooled() and size <= _MOST_BYTES and len(_free.sets) < _MOST_KEPT:
             if len(self._views) > _MOST_VIEWS:
                 self._views = {}
             _free.sets.insert(0, (self._dtype, (self._kept, self._views)))

@@ -72,7 +72,7 @@ def multiplied_in(x: Tensor) -> torch.dtype:
 
 def has_bfloat16_units() -> bool:
     """Whether this processor multiplies matrices in bfloat16 faster than in float32."""
-    return torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 class Keys:
