@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from maclin.adopt.exact import exact_attention, uniform_attention
 from maclin.adopt.hosts.base import AttentionCall, AttentionLayer
 from maclin.adopt.plan import EXACT, relative_cost
 from maclin.core import mechanisms as registry
+from maclin.core.break_even import BreakEvenKey, break_even_length, device_name
 from maclin.core.design import split
 from maclin.core.errors import InputError, MaclinError, OptionError
 from maclin.core.mechanisms import Mechanism
@@ -65,7 +67,9 @@ def choose(
 
     Every third sequence is measured on, and mechanisms that learn from data learn from the others; of two sequences
     the second is measured on. Of what is cheaper than exact attention at ``length`` tokens the smallest error wins,
-    with a tolerance the cheapest within it; where there is nothing, exact attention does.
+    with a tolerance the cheapest within it; where there is nothing, exact attention does. What is slower than fused
+    exact attention at that length on this device (``maclin bench break-even``; a default where that was not run) is
+    not cheaper.
 
     Args:
         q: queries (B, H, N, D) of several sequences.
@@ -103,9 +107,9 @@ def choose(
         trial.learn(sample)
     errors, by_sequence, uniform = _measured(tried, [only(call, [i]) for i in measured])
     tokens = k.shape[2] if length is None else length
-    rows = [_row(error, layer, tolerance, tokens) for error in errors]
-    order = sorted(range(len(rows)), key=lambda i: _key(rows[i], tolerance))
-    fitting = [i for i in order if _fits(rows[i], tolerance)]
+    rows = [_row(error, layer, tolerance, tokens, q.device) for error in errors]
+    order = sorted(range(len(rows)), key=lambda i: _key(rows[i], tolerance, tokens))
+    fitting = [i for i in order if _fits(rows[i], tolerance, tokens)]
     if not any(row.rel_error is not None for row in rows):
         reasons = "; ".join(f"{row.mechanism}: {row.note}" for row in rows)
         raise InputError(f"no candidate could be applied to these q, k and v: {reasons or 'none was given'}")
@@ -170,7 +174,9 @@ def _measured(
     return [trial.result(exact_squares) for trial in tried], by_sequence, relative(uniform, exact_squares)[0]
 
 
-def _row(error: MechanismError, layer: AttentionLayer, tolerance: float | None, length: int) -> ChoiceRow:
+def _row(
+    error: MechanismError, layer: AttentionLayer, tolerance: float | None, length: int, device: torch.device
+) -> ChoiceRow:
     asked = error.config if error.asked is None else error.asked
     if error.rel_error is None:
         within = None if tolerance is None else False
@@ -180,24 +186,34 @@ def _row(error: MechanismError, layer: AttentionLayer, tolerance: float | None, 
     except MaclinError as refused:
         return ChoiceRow(error.mechanism, error.config, asked, error.rel_error, None, None, str(refused))
     within = None if tolerance is None else error.rel_error <= tolerance and error.reached is not False
+    since = _break_even(error.mechanism, layer, device)
     note = f"not cheaper than exact attention at {length} tokens" if cost >= 1 else ""
+    if not note and length < since:
+        note = f"exact attention is faster below {since} tokens on this device"
     note = "; ".join(filter(None, (note, error.note)))
-    return ChoiceRow(error.mechanism, error.config, asked, error.rel_error, cost, within, note)
+    return ChoiceRow(error.mechanism, error.config, asked, error.rel_error, cost, within, note, since)
 
 
-def _fits(row: ChoiceRow, tolerance: float | None) -> bool:
+def _break_even(name: str, layer: AttentionLayer, device: torch.device) -> int:
+    """Tokens from which on a mechanism is faster than exact attention: measured, or else assumed."""
+    key = BreakEvenKey(name, device_name(device), "float32", layer.head_dim, layer.num_heads, layer.is_causal)
+    found = break_even_length(key, device.type)
+    return sys.maxsize if found is None else found
+
+
+def _fits(row: ChoiceRow, tolerance: float | None, length: int) -> bool:
     known = registry.row(row.mechanism)
     if row.rel_error is None or known.baseline or not known.linear:
         return False
-    if row.relative_cost is None or row.relative_cost >= 1:
+    if row.relative_cost is None or row.relative_cost >= 1 or length < (row.break_even_length or 0):
         return False
     return tolerance is None or bool(row.within_tolerance)
 
 
-def _key(row: ChoiceRow, tolerance: float | None) -> tuple[bool, float]:
+def _key(row: ChoiceRow, tolerance: float | None, length: int) -> tuple[bool, float]:
     """What fits first, by cost where there is a tolerance; then by error."""
     error = float("inf") if row.rel_error is None else row.rel_error
-    fits = _fits(row, tolerance)
+    fits = _fits(row, tolerance, length)
     return not fits, error if row.relative_cost is None or not fits or tolerance is None else row.relative_cost
 
 

@@ -6,29 +6,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from maclin.core.break_even import BreakEvenKey, cache_path, measured_lengths
+from maclin.core.break_even import BreakEvenKey, cache_path, device_name, measured_lengths
 from maclin.core.errors import MaclinError
 from maclin.files import write_whole
 from maclin.progress import Progress
 from maclin.records import BenchResult
 
-from .environment import processor_name
 from .job import BenchJob
 from .run import bench
 from .specs import parse_spec
 
 LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Where it is looked for."""
-
-
-def device_name(device: torch.device | str) -> str:
-    """What break-even lengths of a device are kept under: the GPU's name, or the processor's and the threads."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def measure_break_even(

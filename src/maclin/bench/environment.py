@@ -5,11 +5,11 @@ from __future__ import annotations
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
 from maclin._version import __version__
+from maclin.core.break_even import processor_name
 from maclin.records import Environment
 
 
@@ -41,16 +41,6 @@ def environment(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
         num_threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix("torch."),
     )
-
-
-def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The name of the processor as the system gives it, or its architecture where it gives none."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(filter(None, names), None) or platform.processor() or platform.machine()
 
 
 def _installed_version(distribution: str) -> str | None:

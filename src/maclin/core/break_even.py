@@ -7,21 +7,24 @@ where nothing was measured, and errs towards exact attention.
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..files import cache_dir
 
 FILE = "break_even.json"
 
 DEFAULTS: dict[str, dict[bool, int]] = {  # device type -> causal -> tokens; 8 heads of 64, float32, batch 1
-    "cpu": {False: 1024, True: 1024},
+    "cpu": {False: 512, True: 2048},
     "cuda": {False: 4096, True: 4096},
 }
-"""Where nothing was measured. 1,024 is macformer with 128 features on two cores (``benchmarks/results``), not causal;
-the others are guesses on the side of exact attention."""
+"""Where nothing was measured. Those of the CPU are macformer's with 128 features on two cores (``benchmarks/results``),
+which need not be those of others; those of GPUs are guesses on the side of exact attention."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,24 @@ class BreakEvenKey:
         """The key in the file."""
         kind = f"{'causal' if self.is_causal else 'bidirectional'}, {'backward' if self.backward else 'forward'}"
         return f"{self.mechanism} | {self.device} | {self.dtype} | {self.num_heads} x {self.head_dim} | {kind}"
+
+
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The name of the processor as the system gives it, or its architecture where it gives none."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), None) or platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device | str) -> str:
+    """What break-even lengths of a device are kept under: the GPU's name, or the processor's and the threads."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def cache_path() -> Path:

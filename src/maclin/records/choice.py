@@ -20,6 +20,7 @@ class ChoiceRow:
     relative_cost: float | None  # multiply-adds over those of exact attention at the choice's length
     within_tolerance: bool | None  # None where none was asked for
     note: str = ""
+    break_even_length: int | None = None  # tokens from which on it is faster than exact attention on this device
 
 
 @dataclass(frozen=True)
