@@ -87,15 +87,10 @@ def _lay_out(spec: Spec, side: Side, batch: int, like: Tensor, chunks: int, besi
     num, width = side.projection.shape[0], side.projection.shape[-1]
     matrix, offset, index = side.projection.mT, side.offset, list[Tensor]()
     constants = spec.constants if spec.ranks else 0
-    if constants and offset is None:
-        offset = like.new_zeros(num, width)
-    if constants and offset is not None:
-        if spec.gathered:
-            matrix = torch.cat([matrix, like.new_zeros(num, 1, matrix.shape[-1])], dim=1)
-            offset = torch.cat([offset, like.new_ones(num, 1)], dim=1)
-        else:
-            offset = offset.clone()
-            offset[:, spec.ranks[0] : spec.ranks[0] + constants] = 1.0
+    if constants and spec.gathered:
+        offset = like.new_zeros(num, width) if offset is None else offset
+        matrix = torch.cat([matrix, like.new_zeros(num, 1, matrix.shape[-1])], dim=1)
+        offset = torch.cat([offset, like.new_ones(num, 1)], dim=1)
     if beside:
         matrix = torch.cat([matrix, like.new_zeros(num, 1, matrix.shape[-1])], dim=1)
         offset = None if offset is None else torch.cat([offset, like.new_zeros(num, 1)], dim=1)
@@ -260,6 +255,8 @@ class Filler:
         self._prefixes, self._factors = [], []
         if not spec.gathered:
             phi, start = u[:, : spec.products], spec.products
+            if spec.constants:
+                phi[:, spec.ranks[0] :].fill_(1.0)
             if self.keeps:
                 phi = self.buffers.take("phi", *phi.shape).copy_(phi)
         else:

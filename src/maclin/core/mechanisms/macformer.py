@@ -75,7 +75,8 @@ class Macformer(FeatureMechanism):
         centred: of "stratified" with exp: q and k are shifted by centres, which ``calibrate`` sets along with this.
         ppsbn: "token" (statistics of each vector), "batch" (statistics of each channel over batch and positions,
             running ones in eval mode) or False (raw q and k, and no rescaling of out).
-        temperature: "fixed" (1), or "learned" per query head; it multiplies q. ``calibrate`` sets it to the least
+        temperature: "fixed" (1), or "learned" per query head; it multiplies q, and starts at sqrt(D) where ppSBN
+            would else hold |t| below 1/sqrt(D) and the kernel allows it, at 1 elsewhere. ``calibrate`` sets it to the least
             squares fit of the logits of raw q and k.
         generator: of the draw; None is torch's own.
 
@@ -154,11 +155,17 @@ class Macformer(FeatureMechanism):
         self.q_statistics = BatchStatistics(self.num_heads, head_dim) if ppsbn == "batch" else None
         self.k_statistics = BatchStatistics(self.num_kv_heads, head_dim) if ppsbn == "batch" else None
         self.post = PostScale(num_heads) if ppsbn else None
-        self.log_temperature = nn.Parameter(torch.zeros(num_heads)) if temperature == "learned" else None
+        self.log_temperature = self._started(head_dim, num_heads) if temperature == "learned" else None
         self.map = self._build_map(budget, generator)
         self._kept = Kept[Maps]()
         self.calibration: Calibration | None = None
         """What ``maclin.calibrate`` chose; None where the mechanism was built without data."""
+
+    def _started(self, head_dim: int, num_heads: int) -> nn.Parameter:
+        # unit vectors and a scale of 1/sqrt(D) leave |t| <= 1/sqrt(D), where attention is all but uniform and hardly
+        # learns to be anything else; the features are made for |t| <= 1
+        start = 0.5 * math.log(head_dim) if self.ppsbn and math.isinf(self.kernel.radius) else 0.0
+        return nn.Parameter(torch.full((num_heads,), start))
 
     def _build_map(self, budget: int, generator: torch.Generator | None) -> MaclaurinMap:
         sizes = (self.kernel, self.head_dim, self.num_kv_heads)
