@@ -265,6 +265,11 @@ class StratifiedMap(_ProductMap):
         else:
             self.resample_(generator)
 
+    @property
+    def num_projections(self) -> int:
+        """The axes that exact monomials of degree 2 and more are made of; with a tail, the sum of the degrees."""
+        return self.axes.shape[-1] if self.tail is None else super().num_projections
+
     def basis(self, head: int, scale: float) -> Basis:
         """Bases and centres of a key head, for vectors times scale^(1/2)."""
         q, k, q_centre, k_centre = (

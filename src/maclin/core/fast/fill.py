@@ -59,9 +59,15 @@ class Layout:
     offset: Tensor | None = None
     index: list[Tensor] = field(default_factory=list[Tensor])
 
+    @property
+    def size(self) -> int:
+        """Bytes, about: those of the given tensors count twice."""
+        held = [x for x in (*self.side, *self.side, self.matrix, *self.index) if x is not None]
+        return sum(x.numel() * x.element_size() for x in held)
+
 
 _LAYOUTS: OrderedDict[tuple[Any, ...], tuple[Side, Layout]] = OrderedDict()
-_MOST_LAYOUTS = 256
+_MOST_BYTES = 1 << 25  # of all layouts that are kept
 
 
 def layout_of(spec: Spec, side: Side, batch: int, like: Tensor, chunks: int = 1, beside: bool = False) -> Layout:
@@ -70,14 +76,13 @@ def layout_of(spec: Spec, side: Side, batch: int, like: Tensor, chunks: int = 1,
         return Layout(side)
     key = (spec, batch, chunks, beside, like.dtype, like.device, *map(fingerprint, side))
     found = _LAYOUTS.get(key)
-    if found is None:
-        found = _LAYOUTS[key] = (
-            side,
-            _lay_out(spec, side, batch, like, chunks, beside),
-        )  # holds the tensors, so that their ids stay theirs
-        if len(_LAYOUTS) > _MOST_LAYOUTS:
-            _LAYOUTS.popitem(last=False)
-    return found[1]
+    if found is not None:
+        return found[1]
+    made = _lay_out(spec, side, batch, like, chunks, beside)
+    _LAYOUTS[key] = side, made  # the tensors too, so that their ids stay theirs
+    while len(_LAYOUTS) > 1 and sum(layout.size for _, layout in _LAYOUTS.values()) > _MOST_BYTES:
+        _LAYOUTS.popitem(last=False)
+    return made
 
 
 def _lay_out(spec: Spec, side: Side, batch: int, like: Tensor, chunks: int, beside: bool) -> Layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from ..causal import attend_causal
 from ..contract import Features, Sums, attend, empty_sums
 from ..errors import CapabilityError, InputError, OptionError
+from ..fast.kept import Kept
+from ..fast.maps import Maps
 from ..kernels import Kernel
 from ..norms import WideBuffers
 
@@ -57,6 +60,7 @@ class Mechanism(WideBuffers, ABC):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.config: dict[str, Any] = {}
+        self._kept = Kept[Any]()
 
     def forward(
         self,
@@ -285,6 +289,13 @@ class FeatureMechanism(Mechanism):
     @abstractmethod
     def features(self, scale: float) -> Features:
         """The maps of q and k for this scale of the logits."""
+
+    def kept_maps(self, make: Callable[[], Maps], *parts: Any) -> Maps:
+        """Maps, made anew only where one of the tensors or numbers that they depend on has changed."""
+        if torch.compiler.is_compiling():
+            return make()
+        # what is made in inference mode, or without gradients, cannot be used where they are wanted
+        return self._kept.get(make, (torch.is_inference_mode_enabled(), torch.is_grad_enabled(), *parts))
 
     def feature_map(self, x: Tensor, scale: float | None = None) -> Tensor:
         """Features of keys x (B, Hk, n, D) -> (B, Hk, n, M), M at most num_features; for inspection."""

@@ -56,9 +56,13 @@ class Favor(FeatureMechanism):
 
     def features(self, scale: float) -> Features:
         """Logarithms of the positive features of x scale^(1/2)."""
+        maps = self.kept_maps(lambda: self._maps(scale), scale, self.directions)
+        return Features.of(maps, self.num_features, num_projections=self.num_features)
+
+    def _maps(self, scale: float) -> Maps:
         spec = Spec("positive", scale=scale)
         side = Side(self.directions * math.sqrt(scale))
-        return Features.of(Maps(spec, spec, side, side), self.num_features, num_projections=self.num_features)
+        return Maps(spec, spec, side, side)
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
         return orthogonal_directions(self.num_kv_heads, self.head_dim, self.num_features, generator)

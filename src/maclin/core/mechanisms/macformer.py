@@ -26,7 +26,6 @@ from ..confidence import CONFIDENCE
 from ..contract import Features, attend
 from ..design import Document, check_enough, documents, split
 from ..errors import CapabilityError, InputError, OptionError
-from ..fast.kept import Kept
 from ..fast.maps import Maps
 from ..features import DEGREE_LAWS
 from ..kernels import Kernel
@@ -76,8 +75,8 @@ class Macformer(FeatureMechanism):
         ppsbn: "token" (statistics of each vector), "batch" (statistics of each channel over batch and positions,
             running ones in eval mode) or False (raw q and k, and no rescaling of out).
         temperature: "fixed" (1), or "learned" per query head; it multiplies q, and starts at sqrt(D) where ppSBN
-            would else hold |t| below 1/sqrt(D) and the kernel allows it, at 1 elsewhere. ``calibrate`` sets it to the least
-            squares fit of the logits of raw q and k.
+            would else hold |t| below 1/sqrt(D) and the kernel allows it, at 1 elsewhere. ``calibrate`` sets it to the
+            least squares fit of the logits of raw q and k.
         generator: of the draw; None is torch's own.
 
     A kernel with a finite radius needs ppSBN, and scale x temperature stays below 0.95 / sqrt(3) = 0.548 of the
@@ -88,7 +87,8 @@ class Macformer(FeatureMechanism):
         OptionError: unknown names (the message lists the known), too few features, options that exclude each other,
             or a kernel with a finite radius without ppSBN.
 
-    Cost: (N + S) x (sum of degrees x D + M x (Dv + 1)) multiply-adds per head; the sum of degrees is about 2 M.
+    Cost: (N + S) x (P x D + M x (Dv + 1)) multiply-adds per head: P is the sum of the degrees of random features, about
+        2 M, but only the number of axes that exact monomials are made of.
     Source: Guo 2024, arXiv 2408.11656 (abstract), and the code of the same authors' arXiv 2505.12252 for the law of
         degrees and for per-token statistics; Kar & Karnick 2012, arXiv 1201.6530. Deviations: the sign and the
         smooth root of ppSBN's second half (see ``core.norms.PostScale``); the temperature; "stratified" is our own.
@@ -157,7 +157,6 @@ class Macformer(FeatureMechanism):
         self.post = PostScale(num_heads) if ppsbn else None
         self.log_temperature = self._started(head_dim, num_heads) if temperature == "learned" else None
         self.map = self._build_map(budget, generator)
-        self._kept = Kept[Maps]()
         self.calibration: Calibration | None = None
         """What ``maclin.calibrate`` chose; None where the mechanism was built without data."""
 
@@ -227,8 +226,8 @@ class Macformer(FeatureMechanism):
         """The maps, ppSBN's first half included; ``moments`` (of q, of k) replace the running statistics."""
         self._check_domain(scale)
         post = None if self.post is None or self.post.is_identity() else self.post
-        if moments is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            maps = self._kept.get(lambda: self._maps(scale, None), (scale, *self._tensors()))
+        if moments is None and not torch.is_grad_enabled():
+            maps = self.kept_maps(lambda: self._maps(scale, None), scale, *self._tensors())
         else:
             maps = self._maps(scale, moments)
         if post is None:

@@ -69,12 +69,7 @@ class Rfa(FeatureMechanism):
 
     def features(self, scale: float) -> Features:
         """[sin, cos] of unit vectors times scale^(1/2)."""
-        spec = Spec("fourier", norm="unit")
-        side = Side(self.frequencies * math.sqrt(scale))
-        half = self.num_features // 2
-        weights = self.frequencies.new_full((self.num_kv_heads, 1), 1.0 / math.sqrt(half), dtype=torch.float64)
-        weights = weights.expand(-1, self.num_features)
-        maps = Maps(spec, spec, side, side, weights, weights)
+        maps, half = self.kept_maps(lambda: self._maps(scale), scale, self.frequencies), self.num_features // 2
         weight, bias = self.gate_weight, self.gate_bias
         if weight is None or bias is None:
             return Features.of(maps, self.num_features, num_projections=half)
@@ -84,6 +79,14 @@ class Rfa(FeatureMechanism):
             return nn.functional.logsigmoid(logits)
 
         return Features.of(maps, self.num_features, log_gate=log_gate, num_projections=half)
+
+    def _maps(self, scale: float) -> Maps:
+        spec = Spec("fourier", norm="unit")
+        side = Side(self.frequencies * math.sqrt(scale))
+        factor = math.sqrt(2.0 / self.num_features)
+        weights = self.frequencies.new_full((self.num_kv_heads, 1), factor, dtype=torch.float64)
+        weights = weights.expand(-1, self.num_features)
+        return Maps(spec, spec, side, side, weights, weights)
 
     def _scale(self, scale: float | None) -> float:
         return 1.0 / self.temperature if scale is None else float(scale)
