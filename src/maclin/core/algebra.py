@@ -34,6 +34,12 @@ def grouped(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
+def norm(x: Tensor) -> Tensor:
+    """Euclidean norm over the last dimension, also where the squares would overflow."""
+    top = x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return torch.linalg.vector_norm(x / top, dim=-1) * top[..., 0]
+
+
 def top_of(logs: Tensor, dim: int) -> Tensor:
     """The largest logarithm, as a scale: it cancels in out, so no gradient passes through it."""
     return finite(logs.detach().amax(dim))

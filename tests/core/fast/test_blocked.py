@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import maclin
 from maclin.core.fast import causal as fast_causal
-from maclin.core.fast import memory
+from maclin.core.fast import memory, sums
 from maclin.core.fast.spec import Spec, spec_of
 
 from .conftest import CASES, build
@@ -97,6 +97,39 @@ def test_padding_may_hold_anything(qkv, mech):
     wanted = mech(q, k[:, :, :25], v[:, :, :25])
     k[:, :, 25:], v[:, :, 25:] = torch.nan, torch.inf
     torch.testing.assert_close(mech(q, k, v, key_mask=mask), wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", ["stratified-learned", "published-learned"])
+def test_a_sharp_temperature_in_float32_is_no_less_exact_than_the_plain_form(plainly, case, causal):
+    """Weights of features then span ten orders of magnitude: no share of them may pass for cancellation."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"counts": (1, 8, 16, 9, 6)} if case.startswith("stratified") else {"estimator": "published"}
+    mech = maclin.mechanism("macformer", head_dim=8, num_heads=2, temperature="learned", generator=generator, **options)
+    q, k, v = (torch.randn(2, 2, 200, 8, generator=generator) for _ in range(3))
+    mech.get_parameter("log_temperature").data.fill_(4.0)
+    with torch.no_grad():
+        blocked, plain = mech(q, k, v, is_causal=causal), plainly(mech, q, k, v, is_causal=causal)
+        exact = mech.double()(q.double(), k.double(), v.double(), is_causal=causal)
+    off = [float((x - exact).norm() / exact.norm()) for x in (blocked, plain)]
+    assert off[0] < 2 * off[1] + 1e-5
+
+
+def test_padding_costs_nothing_where_no_sample_needs_it(qkv, small_blocks, monkeypatch):
+    seen: list[int] = []
+    block = sums.Keys.block
+
+    def counted(self, tokens):
+        seen.append(tokens.start)
+        return block(self, tokens)
+
+    monkeypatch.setattr(sums.Keys, "block", counted)
+    mech, (q, k, v) = build("stratified"), qkv(20, 64)
+    mask = torch.zeros(2, 64, dtype=torch.bool)
+    mask[:, 20:30] = True
+    with torch.no_grad():
+        mech(q, k, v, key_mask=mask)
+    assert seen == [16]
 
 
 def test_state_goes_on_from_one_form_to_the_other(qkv, plainly, mech):

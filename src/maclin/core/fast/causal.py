@@ -343,12 +343,8 @@ class Walk:
             if bool((denominator.abs().amin((1, 2)) > least).all()):
                 return denominator
         magnitude = made.weighted.abs().sum(-1)[:, None]
-        of_queries = sum(
-            (part.data.square().sum(1 if part.tokens_last else 2) for part in made.queries),
-            start=torch.zeros_like(denominator[:, 0]),
-        )
-        of_sums = sum((z.square().sum(-1) for z in made.z), start=torch.zeros_like(denominator[:, 0, :1]))
-        magnitude = magnitude + (of_queries.sqrt() * of_sums.sqrt())[:, None]
+        for part, z in zip(made.queries, made.z, strict=True):
+            magnitude = magnitude + z.abs() @ part.by_feature.abs()
         least = (magnitude * (8 * limits.eps)).clamp_min(limits.tiny)
         small, negative = denominator.abs() < least, denominator < 0
         found = torch.where(small, torch.where(negative, -least, least), denominator)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra import accumulation_dtype
+from ..algebra import accumulation_dtype, norm
 from .buffers import Buffers
 from .derive import Deriver
 from .fill import Filler, Part
@@ -48,8 +48,7 @@ class Rows:
 
     kv: list[Tensor]  # (R, F_i, Dv)
     z: list[Tensor]  # (R, 1, F_i)
-    norm: Tensor  # (R, 1, 1): |z|
-    norm_bound: float  # the largest of them, where it is asked for
+    norm_bound: float  # the largest |z|, on the CPU
     finish: Finish  # its tensors are (R, 1, .)
 
 
@@ -63,12 +62,11 @@ def rows_of(
     def per_head(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(dtype).repeat(batch)[:, None, None]
 
-    norm = torch.linalg.vector_norm(z, dim=-1)[:, None, None]
+    of_sums = norm(z)
     return Rows(
         [x.contiguous() for x in kv.split(widths, dim=1)],
         [x.contiguous() for x in z[:, None].split(widths, dim=2)],
-        norm,
-        float(norm.max()) if norm.device.type == "cpu" else 0.0,
+        float(of_sums.max()) if of_sums.device.type == "cpu" else 0.0,
         Finish(
             finish.floor,
             None if finish.constant_kv is None else finish.constant_kv.flatten(0, 1).to(dtype)[:, None],
@@ -170,8 +168,8 @@ def guarded(denominator: Tensor, parts: list[Part], rows: Rows, filler: Filler) 
         most = math.sqrt(sum(square(part.data) for part in parts)) * rows.norm_bound
         if float(denominator.abs().min()) > max(8 * limits.eps * most, limits.tiny):
             return denominator
-    of_parts = [(part.data * part.data).sum(1 if part.tokens_last else 2)[:, None] for part in parts]
-    magnitude = torch.stack(of_parts).sum(0).sqrt() * rows.norm
+    # the sum of the magnitudes of the terms, which does not depend on how weights are shared between phi and z
+    magnitude = torch.stack([z.abs() @ part.by_feature.abs() for part, z in zip(parts, rows.z, strict=True)]).sum(0)
     least = (magnitude * (8 * limits.eps)).clamp_min(limits.tiny)
     small, negative = denominator.abs() < least, denominator < 0
     safe = torch.where(small, torch.where(negative, -least, least), denominator)

@@ -190,6 +190,16 @@ class State:
         return kv, z, self.log_scale.unflatten(0, (batch, -1)).clone()
 
 
+def attended(cut: Grid, key_mask: Tensor | None) -> Iterator[slice]:
+    """The blocks in which any sample attends to anything; one in any case, for its shapes. On the CPU only."""
+    if key_mask is None or key_mask.device.type != "cpu":
+        yield from cut
+        return
+    blocks = list(cut)
+    found = [tokens for tokens in blocks if bool(key_mask[:, tokens].any())]
+    yield from found or blocks[:1]
+
+
 def accumulate(
     k: Tensor,  # (B, Hk, S, D), S > 0
     v: Tensor,  # (B, Hk, S, Dv)
@@ -202,7 +212,7 @@ def accumulate(
     like = k.new_empty(0, dtype=cut.dtype)
     filler = Filler(spec, side, k.shape[0], like, key=True)
     keys, state = Keys(filler, cut, k, v, key_mask), State()
-    for tokens in cut:
+    for tokens in attended(cut, key_mask):
         parts = keys.block(tokens)
         if spec.log_domain:
             top = finite(state.rescale(parts[0])).to(cut.dtype)
@@ -230,8 +240,9 @@ def accumulate_backward(
     keys = Keys(deriver, cut, k, v, key_mask)
     dkv, dz = (x.flatten(0, 1).to(cut.dtype) for x in (dkv, dz))
     top = finite(log_scale.flatten(0, 1)).to(cut.dtype)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    for tokens in cut:
+    new = torch.empty_like if key_mask is None else torch.zeros_like  # of blocks that are left out
+    dk, dv = new(k), new(v)
+    for tokens in attended(cut, key_mask):
         parts = keys.block(tokens)
         if spec.log_domain:
             parts = [deriver.exponentiate(parts[0], _beside(parts[0], top))]
