@@ -104,7 +104,9 @@ def test_padding_may_hold_anything(qkv, mech):
 def test_a_sharp_temperature_in_float32_is_no_less_exact_than_the_plain_form(plainly, case, causal):
     """Weights of features then span ten orders of magnitude: no share of them may pass for cancellation."""
     generator = torch.Generator().manual_seed(0)
-    options = {"counts": (1, 8, 16, 9, 6)} if case.startswith("stratified") else {"estimator": "published"}
+    options: dict[str, Any] = {"counts": (1, 8, 16, 9, 6)}
+    if case.startswith("published"):
+        options = {"estimator": "published"}
     mech = maclin.mechanism("macformer", head_dim=8, num_heads=2, temperature="learned", generator=generator, **options)
     q, k, v = (torch.randn(2, 2, 200, 8, generator=generator) for _ in range(3))
     mech.get_parameter("log_temperature").data.fill_(4.0)

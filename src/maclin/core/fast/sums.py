@@ -9,7 +9,7 @@ times the mask.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,14 +24,15 @@ DERIVED = 0.6
 """Of the tokens of a block, where derivatives are held beside features."""
 
 
-class Grid(NamedTuple):
+@dataclass(frozen=True)
+class Grid:
     """Blocks of the tokens of x (B, h, N, D), as rows (R, n, D) in the dtype that they are computed in."""
 
     x: Tensor
     size: int
     dtype: torch.dtype
 
-    def __iter__(self) -> Iterator[slice]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __iter__(self) -> Iterator[slice]:
         """The tokens of each block."""
         length = self.x.shape[2]
         return (slice(start, min(start + self.size, length)) for start in range(0, length, self.size))
