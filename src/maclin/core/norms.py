@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .algebra import wide
 
-_EPS = 1e-6
+EPS = 1e-6
 
 
 def unit_norm(x: Tensor) -> Tensor:
     """x / |x| over the last dimension; a zero vector stays zero."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_EPS)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
 
 
 def token_standardise(x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def batch_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def batch_standardise(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """ppSBN's first half with given statistics (H, D): (x - mean) / sqrt(var + eps), then unit norm."""
-    return unit_norm((x - mean[:, None].to(x.dtype)) * torch.rsqrt(variance[:, None].to(x.dtype) + _EPS))
+    return unit_norm((x - mean[:, None].to(x.dtype)) * torch.rsqrt(variance[:, None].to(x.dtype) + EPS))
 
 
 class PostScale(nn.Module):
@@ -135,7 +135,7 @@ class PostScale(nn.Module):
         x = wide(out)
         gamma, beta = (p.to(x.dtype)[:, None, None] for p in (self.gamma, self.beta))
         # exp(log) instead of pow, whose broadcast form torch does not vectorise: 100 times the time
-        root = torch.exp(torch.log(x * x + _EPS) * ((beta - 1.0) / 2.0))
+        root = torch.exp(torch.log(x * x + EPS) * ((beta - 1.0) / 2.0))
         return (gamma * x * root).to(out.dtype)
 
 

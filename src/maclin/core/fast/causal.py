@@ -20,7 +20,7 @@ from ..algebra import accumulation_dtype
 from .derive import Deriver
 from .fill import Filler, Part
 from .memory import block_tokens
-from .read import Finish, lifted, root_of, widths_of
+from .read import Finish, lifted, protected, root_of, widths_of
 from .spec import Side, Spec
 from .sums import computed_in, features_beside
 
@@ -345,10 +345,7 @@ class Walk:
         magnitude = made.weighted.abs().sum(-1)[:, None]
         for part, z in zip(made.queries, made.z, strict=True):
             magnitude = magnitude + z.abs() @ part.by_feature.abs()
-        least = (magnitude * (8 * limits.eps)).clamp_min(limits.tiny)
-        small, negative = denominator.abs() < least, denominator < 0
-        found = torch.where(small, torch.where(negative, -least, least), denominator)
-        return torch.where((magnitude == 0) & (denominator == 0), torch.ones_like(found), found)
+        return protected(denominator, magnitude)
 
 
 def _norms(x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fill import EPS, Filler, Part
+from ..norms import EPS
+from .fill import Filler, Part
 from .spec import Side, Spec
 
 

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..norms import EPS
 from .buffers import Buffers
 from .kept import fingerprint
 from .spec import MOST_EXPONENT, Side, Spec
-
-EPS = 1e-6  # as in ``norms``
 
 
 @dataclass

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from ..algebra import accumulation_dtype, norm
+from ..norms import EPS
 from .buffers import Buffers
 from .derive import Deriver
 from .fill import Filler, Part
 from .spec import Side, Spec
 from .sums import DERIVED, grid, multiplied_in
-
-_POST_EPS = 1e-6  # as in ``norms.PostScale``
 
 
 class Finish(NamedTuple):
@@ -170,6 +169,12 @@ def guarded(denominator: Tensor, parts: list[Part], rows: Rows, filler: Filler) 
             return denominator
     # the sum of the magnitudes of the terms, which does not depend on how weights are shared between phi and z
     magnitude = torch.stack([z.abs() @ part.by_feature.abs() for part, z in zip(parts, rows.z, strict=True)]).sum(0)
+    return protected(denominator, magnitude)
+
+
+def protected(denominator: Tensor, magnitude: Tensor) -> Tensor:
+    """Denominators below 8 units of rounding of their magnitude replaced by that; those of nothing by 1."""
+    limits = torch.finfo(denominator.dtype)
     least = (magnitude * (8 * limits.eps)).clamp_min(limits.tiny)
     small, negative = denominator.abs() < least, denominator < 0
     safe = torch.where(small, torch.where(negative, -least, least), denominator)
@@ -200,7 +205,7 @@ def settle(numerator: Tensor, denominator: Tensor, finish: Finish, out: Tensor) 
 
 def root_of(x: Tensor, beta: Tensor) -> Tensor:
     """(x^2 + eps)^((beta - 1) / 2); by exp and log, whose broadcast torch vectorises."""
-    return torch.mul(x, x).add_(_POST_EPS).log_().mul_((beta - 1.0) / 2.0).exp_()
+    return torch.mul(x, x).add_(EPS).log_().mul_((beta - 1.0) / 2.0).exp_()
 
 
 def lifted(numerator: Tensor, denominator: Tensor, finish: Finish) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -346,7 +351,7 @@ class Settled:
             first, denominator, short, share = lifted(numerator, denominator, finish)
         x = first / denominator
         if finish.gamma is not None and finish.beta is not None:
-            square = x * x + _POST_EPS
+            square = x * x + EPS
             root = root_of(x, finish.beta)
             dx = d * root
             of_gamma = (dx * x).sum((1, 2)).unflatten(0, (-1, chunks)).sum(1)
