@@ -23,7 +23,7 @@ from maclin.testing import ConformanceError, check_mechanism
 
 GAUSSIAN_SERIES = maclin.Kernel("bessel", lambda n: 0.0 if n % 2 else 1 / math.factorial(n // 2) ** 2)
 CONFIGURATIONS: dict[str, list[dict[str, Any]]] = {
-    "window": [{"window": 3}, {"window": 40}],
+    "window": [{"window": 3}, {"window": 40}, {"window": 3, "sinks": 5}],
     "linformer": [
         *({"seq_len": 4096, "proj_len": 16, "sharing": x} for x in ("none", "headwise", "key-value", "layerwise")),
         *({"projection": x, "proj_len": 16} for x in ("mean-pool", "max-pool", "conv")),
@@ -61,6 +61,21 @@ CONFIGURATIONS: dict[str, list[dict[str, Any]]] = {
         {"num_features": 16, "kernel": "exp", "estimator": "kar_karnick", "ppsbn": "batch", "temperature": "learned"},
     ],
 }
+CONFIGURATIONS["hedgehog"] = [{"num_features": 16}, {"num_features": 16, "activation": "softmax"}]
+CONFIGURATIONS["hybrid"] = [
+    {"window": 5, "linear_options": {"ppsbn": False, "num_features": 24}},
+    {"window": 5, "linear_options": {"ppsbn": False, "num_features": 24}, "sinks": 3},
+    {"window": 5, "linear_options": {"ppsbn": False, "centred": True, "counts": [1, 8, 4]}, "balance": "learned"},
+    {"window": 20, "linear": "macformer", "linear_options": {"temperature": "learned"}},
+    {"window": 5, "linear": "favor", "linear_options": {"num_features": 16}, "sinks": 3},
+    {"window": 5, "linear": "hedgehog", "linear_options": {"num_features": 16}, "balance": "learned"},
+    {"window": 5, "linear": "taylor"},
+    {"window": 5, "linear": "rfa", "linear_options": {"num_features": 16}},
+]
+CONFIGURATIONS["by_head"] = [
+    {"heads": ["elu", "elu", ("window", {"window": 3}), ("window", {"window": 3})]},
+    {"heads": ["softmax", "softmax", "efficient", "efficient"]},
+]
 CASES = [(name, options) for name in mechanisms.names() for options in CONFIGURATIONS.get(name, [{}])]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,21 +51,35 @@ def attend_causal(
         new = total.count.new_full((q.shape[0],), q.shape[2]) if mask is None else mask.sum(-1)
         return out.to(v.dtype), Sums(kv, z, total.log_scale, total.count + new)
     out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
-    for start in range(0, q.shape[-2], _CHUNK):
-        stop = min(start + _CHUNK, q.shape[-2])
-        keys = slice(offset + start, offset + stop)
-        mask = None if key_mask is None else key_mask[:, keys]
-        k_chunk, v_chunk = wide(k[:, :, keys]), wide(v[:, :, keys])
-        phi_k = key_features(k_chunk, mask, features)
-        log_gate = log_gate_of(k_chunk, mask, features)
-        phi_q = features.query(wide(q[:, :, start:stop]))
+    last = total
+    for _, reading, after in causal_readings(q, k[:, :, offset:], v[:, :, offset:], features, key_mask, total):
+        put(out, reading, features)
+        last = after
+    return out.whole(), last
+
+
+def causal_readings(
+    q: Tensor, k: Tensor, v: Tensor, features: Features, key_mask: Tensor | None, total: Sums
+) -> Iterator[tuple[slice, Reading, Sums]]:
+    """Chunk by chunk: which queries, what they read of all keys up to their own, and the sums after the chunk.
+
+    Shape: q (B, H, N, D), k (B, Hk, N, D), v (B, Hk, N, Dv); key_mask (B, S), whose last N entries are of these keys.
+    """
+    length = q.shape[-2]
+    mask = None if key_mask is None else key_mask[:, key_mask.shape[1] - length :]
+    for start in range(0, length, _CHUNK):
+        tokens = slice(start, min(start + _CHUNK, length))
+        mask_chunk = None if mask is None else mask[:, tokens]
+        k_chunk, v_chunk = wide(k[:, :, tokens]), wide(v[:, :, tokens])
+        phi_k = key_features(k_chunk, mask_chunk, features)
+        log_gate = log_gate_of(k_chunk, mask_chunk, features)
+        phi_q = features.query(wide(q[:, :, tokens]))
         if features.log_domain:
             reading = _log_chunk(phi_q, phi_k, v_chunk, total, features)
         else:
-            reading = _linear_chunk(phi_q, phi_k, v_chunk, total, mask, log_gate, features)
-        put(out, reading, features)
-        total = absorb(total, phi_k, v_chunk, mask, log_gate)
-    return out.whole(), total
+            reading = _linear_chunk(phi_q, phi_k, v_chunk, total, mask_chunk, log_gate, features)
+        total = absorb(total, phi_k, v_chunk, mask_chunk, log_gate)
+        yield tokens, reading, total
 
 
 def _linear_chunk(

@@ -13,6 +13,7 @@ from ..core.mechanisms import Mechanism
 from ..core.mechanisms.base import State
 from .config import MacformerConfig
 from .decoder_layer import TransformerDecoderLayer
+from .dropout import Dropout
 from .encoder_layer import TransformerEncoderLayer
 from .positions import LearnedPositions, Rotary, SinusoidalPositions, check_rotary, positions_of
 
@@ -46,7 +47,7 @@ class Stack(nn.Module):
     def __init__(self, config: MacformerConfig, kind: Literal["encoder", "causal", "decoder"]) -> None:
         super().__init__()
         self.kind = kind
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         length = config.max_length + int(kind == "encoder" and config.pooling == "cls")
         self.positions: LearnedPositions | SinusoidalPositions | None = None
         if config.position == "learned":
@@ -160,7 +161,7 @@ def _check_cross(mechanism: Mechanism) -> None:
             "a whole "
             "memory; pass cross_mechanism= as well"
         )
-    if any(isinstance(part, Mechanism) and part.name == "window" for part in mechanism.modules()):
+    if any(isinstance(part, Mechanism) and part.name in ("window", "hybrid") for part in mechanism.modules()):
         raise CapabilityError(
             f"{mechanism.name} has a window around each position, and positions of two sequences are not comparable; "
             "pass cross_mechanism= as well, 'macformer' for example"
@@ -192,10 +193,16 @@ def _layer(
         **dropped(name),
         **options,
     }
+    sizes = (config.embed_dim, config.num_heads, config.ff_dim)
     if cross_name is None:
-        return TransformerEncoderLayer(config.embed_dim, config.num_heads, config.ff_dim, **arguments)
-    arguments |= {"cross_mechanism": cross_name, "cross_options": {**dropped(cross_name), **cross_options}}
-    return TransformerDecoderLayer(config.embed_dim, config.num_heads, config.ff_dim, **arguments)
+        layer = TransformerEncoderLayer(*sizes, **arguments)
+    else:
+        arguments |= {"cross_mechanism": cross_name, "cross_options": {**dropped(cross_name), **cross_options}}
+        layer = TransformerDecoderLayer(*sizes, **arguments)
+    for name, part in layer.named_children():
+        if isinstance(part, nn.Dropout):
+            setattr(layer, name, Dropout(part.p))
+    return layer
 
 
 def _completed(name: str | None, options: dict[str, Any], length: int, first: Mechanism | None) -> dict[str, Any]:

@@ -182,6 +182,10 @@ def test_the_operators_are_well_formed(qkv, case, causal):
         ("linformer", {"proj_len": 16}),
         ("window", {}),
         ("revisited_linformer", {}),
+        ("hedgehog", {}),
+        ("hybrid", {"window": 9, "linear_options": {"ppsbn": False, "num_features": 24}}),
+        ("hybrid", {"window": 9, "linear": "favor"}),
+        ("by_head", {"heads": ["elu", "elu", "softmax", "softmax"]}),
     ],
 )
 def test_compile_without_a_graph_break_and_export(name, options, causal):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..native import calls as native
 from .causal import Problem
 from .causal import causal as _causal
 from .causal_backward import causal_backward
@@ -45,6 +46,10 @@ def _problem(tensors: tuple[_Maybe, ...], query_spec: str, key_spec: str, floor:
     )
 
 
+def _computed(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    return native.causal(problem, problem.q.dtype) or _causal(problem, problem.q.dtype)
+
+
 @torch.library.custom_op("maclin::causal", mutates_args=())
 def _op(
     q: Tensor,
@@ -76,7 +81,7 @@ def _op(
         q, k, v, key_mask, weights, kv, z, gamma, beta, q_projection, q_offset, q_index, q_shift, q_mean, q_variance,
         k_projection, k_offset, k_index, k_shift, k_mean, k_variance,
     )  # fmt: skip
-    return _causal(_problem(tensors, query_spec, key_spec, floor), q.dtype)
+    return _computed(_problem(tensors, query_spec, key_spec, floor))
 
 
 @_op.register_fake
@@ -168,5 +173,5 @@ def causal(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     finish = problem.finish
     tensors = (*problem[:7], finish.gamma, finish.beta, *problem.query, *problem.key)
     if runs_directly(*tensors):
-        return _causal(problem, problem.q.dtype)
+        return _computed(problem)
     return torch.ops.maclin.causal(*tensors, problem.query_spec.code, problem.key_spec.code, finish.floor)

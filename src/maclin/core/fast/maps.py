@@ -18,6 +18,11 @@ from .spec import MOST_EXPONENT, Side, Spec, features, log_weights
 _NO_TENSORS = Side()
 
 
+def _nothing_kept() -> Kept[Tensor]:
+    # a function, since torch.compile cannot trace the construction of a subscripted class
+    return Kept()
+
+
 @dataclass(frozen=True)
 class Maps:
     """<phi(q), phi(k)> = sum_m q_weights_m phi_m(q) k_weights_m phi_m(k).
@@ -41,7 +46,7 @@ class Maps:
     k_weights: Tensor | None = None
     gamma: Tensor | None = None
     beta: Tensor | None = None
-    _kept: Kept[Tensor] = field(default_factory=Kept[Tensor], repr=False, compare=False)
+    _kept: Kept[Tensor] = field(default_factory=_nothing_kept, repr=False, compare=False)
 
     def of_queries(self, q: Tensor) -> Tensor:
         """Features (B, H, n, F) of q (B, H, n, D), or logarithms."""
@@ -57,18 +62,18 @@ class Maps:
 
     def accumulate(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """kv, z and log_scale of all keys, as ``core.contract.Sums`` has them."""
-        kv, z, log_scale = ops.accumulate(k, v, key_mask, self.key, self.key_spec)
-        if self.k_weights is not None:
-            weights = self.k_weights.to(kv)
-            kv, z = kv * weights[..., None], z * weights
-        return kv, z, log_scale
+        kv, z, log_scale = self.sums(k, v, key_mask)
+        return *self.weighted(kv, z), log_scale
+
+    def sums(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``accumulate``, but for the weights."""
+        return ops.accumulate(k, v, key_mask, self.key, self.key_spec)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, floor: float) -> Tensor:
         """Out (B, H, N, Dv) in q's dtype, under the sum of all features; as ``accumulate`` and ``read``."""
         heads = q.shape[1]
-        sums = ops.accumulate(k, v, key_mask, self.key, self.key_spec)
-        kv, z, log_scale = (grouped(x, heads) for x in sums)
-        return self._read(q, kv, z, log_scale, self._weights(kv, heads), floor)
+        kv, z, log_scale = (grouped(x, heads) for x in self.sums(k, v, key_mask))
+        return self._read(q, kv, z, log_scale, self.weights(kv, heads), floor)
 
     def read(self, q: Tensor, kv: Tensor, z: Tensor, log_scale: Tensor, floor: float) -> Tensor:
         """Out of all queries, in q's dtype; kv and z are those of the query heads or of the key heads."""
@@ -99,23 +104,31 @@ class Maps:
         Shape: q (B, H, N, D), k (B, Hk, N, D), v (B, Hk, N, Dv), key_mask (B, N).
         """
         heads = q.shape[1]
-        weights = self._weights(kv, heads)
-        if self.k_weights is not None:
-            # inside, sums have no weights; what has none at all is never read
-            own = self.k_weights.to(kv)
-            safe = torch.where(own == 0, torch.ones_like(own), own)
-            kv, z = kv / safe[..., None], z / safe
+        weights = self.weights(kv, heads)
+        kv, z = self.bare(kv, z)
         problem = Problem(
             q, k, v, key_mask, weights, kv, z, Finish(floor, gamma=self.gamma, beta=self.beta),
             self.query.for_heads(heads), self.key, self.query_spec, self.key_spec,
         )  # fmt: skip
         out, kv, z = causal_ops.causal(problem)
-        if self.k_weights is not None:
-            own = self.k_weights.to(kv)
-            kv, z = kv * own[..., None], z * own
-        return out, kv, z
+        return out, *self.weighted(kv, z)
 
-    def _weights(self, like: Tensor, heads: int) -> Tensor | None:
+    def weighted(self, kv: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of weighted features, of those that ``sums`` makes."""
+        if self.k_weights is None:
+            return kv, z
+        weights = self.k_weights.to(kv)
+        return kv * weights[..., None], z * weights
+
+    def bare(self, kv: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The reverse; of a feature with weight 0, which is never read, as they are."""
+        if self.k_weights is None:
+            return kv, z
+        weights = self.k_weights.to(kv)
+        weights = torch.where(weights == 0, torch.ones_like(weights), weights)
+        return kv / weights[..., None], z / weights
+
+    def weights(self, like: Tensor, heads: int) -> Tensor | None:
         """Weights of the products of features, (H, F)."""
         if self.q_weights is None or self.k_weights is None:
             return None

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..native import calls as native
+from ..native import derivatives
 from . import read as _read
 from . import sums as _sums
 from .read import Finish
@@ -38,6 +40,16 @@ def wanted_of(x: Side, needs: tuple[bool, ...]) -> list[str]:
     return [name for name, t, need in zip(Side._fields, x, needs, strict=True) if need and t is not None]
 
 
+def _accumulated(k: Tensor, v: Tensor, key_mask: _Maybe, side: Side, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
+    found = native.accumulate(k, v, key_mask, side, spec)
+    return found or _sums.accumulate(k, v, key_mask, side, spec)
+
+
+def _reading(q: Tensor, kv: Tensor, z: Tensor, log_scale: Tensor, finish: Finish, side: Side, spec: Spec) -> Tensor:
+    found = native.read(q, kv, z, log_scale, finish, side, spec, q.dtype)
+    return _read.read(q, kv, z, log_scale, finish, side, spec, q.dtype) if found is None else found
+
+
 @torch.library.custom_op("maclin::accumulate", mutates_args=())
 def _accumulate(
     k: Tensor,
@@ -51,7 +63,7 @@ def _accumulate(
     variance: Tensor | None,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _sums.accumulate(k, v, key_mask, Side(projection, offset, index, shift, mean, variance), spec_of(spec))
+    return _accumulated(k, v, key_mask, Side(projection, offset, index, shift, mean, variance), spec_of(spec))
 
 
 @_accumulate.register_fake
@@ -96,6 +108,9 @@ def _accumulate_backward(
     wanted: str,
 ) -> list[Tensor]:
     side = Side(projection, offset, index, shift, mean, variance)
+    found = derivatives.accumulate_backward(dkv, dz, k, v, key_mask, log_scale, side, spec_of(spec), wanted)
+    if found is not None:
+        return [*found, *(k.new_empty(0) for _ in side)]
     dk, dv, deriver = _sums.accumulate_backward(
         dkv, dz, k, v, key_mask, log_scale, side, spec_of(spec), frozenset(wanted.split())
     )
@@ -172,7 +187,7 @@ def _read_all(
 ) -> Tensor:
     side = Side(projection, offset, index, shift, mean, variance)
     finish = Finish(floor, constant_kv, constant_z, gamma, beta)
-    return _read.read(q, kv, z, log_scale, finish, side, spec_of(spec), q.dtype)
+    return _reading(q, kv, z, log_scale, finish, side, spec_of(spec))
 
 
 @_read_all.register_fake
@@ -204,6 +219,9 @@ def _read_backward(
 ) -> list[Tensor]:
     side = Side(projection, offset, index, shift, mean, variance)
     finish = Finish(floor, constant_kv, constant_z, gamma, beta)
+    by_kernels = derivatives.read_backward(d, q, kv, z, log_scale, finish, side, spec_of(spec), wanted)
+    if by_kernels is not None:
+        return [*(some(x, q) for x in by_kernels), *(q.new_empty(0) for _ in side)]
     found = _read.read_backward(d, q, kv, z, log_scale, finish, side, spec_of(spec), frozenset(wanted.split()), out)
     return [
         *(some(x, q) for x in found[:-1]),
@@ -277,14 +295,14 @@ def num_features(spec: Spec, head_dim: int, projection: Tensor | None) -> int:
 def accumulate(k: Tensor, v: Tensor, key_mask: Tensor | None, side: Side, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
     """See ``sums.accumulate``; differentiable."""
     if runs_directly(k, v, *side):
-        return _sums.accumulate(k, v, key_mask, side, spec)
+        return _accumulated(k, v, key_mask, side, spec)
     return torch.ops.maclin.accumulate(k, v, key_mask, *side, spec.code)
 
 
 def read(q: Tensor, kv: Tensor, z: Tensor, log_scale: Tensor, finish: Finish, side: Side, spec: Spec) -> Tensor:
     """See ``read.read``, in q's dtype; differentiable."""
     if runs_directly(q, kv, z, *finish[1:], *side):
-        return _read.read(q, kv, z, log_scale, finish, side, spec, q.dtype)
+        return _reading(q, kv, z, log_scale, finish, side, spec)
     return torch.ops.maclin.read(q, kv, z, log_scale, *finish[1:], *side, spec.code, finish.floor)
 
 

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..compose.by_head import ByHead
+from ..compose.hybrid import Hybrid
 from ..errors import OptionError
 from .base import FeatureMechanism, Mechanism
 from .efficient import Efficient
 from .elu import Elu
 from .favor import Favor
+from .hedgehog import Hedgehog
 from .linformer import Linformer
 from .macformer import Macformer
 from .mean import Mean
@@ -83,7 +86,10 @@ _ROWS: dict[str, Row] = {
     "macformer": Row(Macformer, "random Maclaurin features of a dot-product kernel, with ppSBN", random=True),
     "taylor": Row(Taylor, "constant and linear term of a dot-product kernel, exactly"),
     "favor": Row(Favor, "positive orthogonal random features of softmax", random=True),
+    "hedgehog": Row(Hedgehog, "learned positive features, begun as random features of softmax"),
+    "hybrid": Row(Hybrid, "exact local window beside a linear mechanism, under one normaliser", random=True),
     "elu": Row(Elu, "elu + 1 features (linear Transformer)"),
+    "by_head": Row(ByHead, "a mechanism of its own for each group of heads; exact where none is named", linear=False),
 }
 
 

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,10 +40,12 @@ class Mechanism(WideBuffers, ABC):
     """
 
     name: ClassVar[str]
-    causal: ClassVar[bool] = False
+    causal: bool = False
     """Whether ``is_causal`` and with it ``state`` are understood."""
     bidirectional: bool = True
     """Whether a call without ``is_causal`` is understood."""
+    aligned: bool = False
+    """Whether a query's own position among the keys counts, so that keys of another sequence mean nothing to it."""
 
     def __init__(self, head_dim: int, num_heads: int, num_kv_heads: int | None = None) -> None:
         super().__init__()
@@ -281,10 +283,31 @@ class Mechanism(WideBuffers, ABC):
         return torch.cat(tensors, dim=2) if tensors else v.new_zeros(*q.shape[:-1], v.shape[-1])
 
 
+class Exponent(NamedTuple):
+    """What features estimate, where it is an exponential: <phi(q), phi(k)> exp(left_out(q)) ~ exp(<query(q), key(k)>).
+
+    query maps (B, H, n, D), key (B, Hk, n, D) to as many vectors; left_out gives (B, H, n), None where it is 0: a
+    factor of a query cancels under one normaliser, so that features need not have it.
+    """
+
+    query: Callable[[Tensor], Tensor]
+    key: Callable[[Tensor], Tensor]
+    left_out: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of_product(cls, scale: float) -> Exponent:
+        """exp(scale q k)."""
+        return cls(lambda q: q * scale, lambda k: k)
+
+
 class FeatureMechanism(Mechanism):
     """A mechanism that is a feature map in the one contraction; causal, with a state of constant size."""
 
     causal = True
+
+    def exponent(self, scale: float) -> Exponent | None:
+        """What the features estimate; here None, which is no exponential."""
+        return None
 
     @abstractmethod
     def features(self, scale: float) -> Features:

@@ -11,7 +11,7 @@ from ..contract import Features
 from ..fast.maps import Maps
 from ..fast.spec import Side, Spec
 from ..features import orthogonal_directions
-from .base import FeatureMechanism, check_num_features
+from .base import Exponent, FeatureMechanism, check_num_features
 
 
 class Favor(FeatureMechanism):
@@ -58,6 +58,10 @@ class Favor(FeatureMechanism):
         """Logarithms of the positive features of x scale^(1/2)."""
         maps = self.kept_maps(lambda: self._maps(scale), scale, self.directions)
         return Features.of(maps, self.num_features, num_projections=self.num_features)
+
+    def exponent(self, scale: float) -> Exponent | None:
+        """exp(scale q k)."""
+        return Exponent.of_product(scale)
 
     def _maps(self, scale: float) -> Maps:
         spec = Spec("positive", scale=scale)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..algebra import grouped, wide
+from ..algebra import grouped, per_key_head, wide
 from ..budget import num_features_of
 from ..calibration import (
     Calibration,
@@ -35,7 +35,7 @@ from ..norms import BatchStatistics, PostScale, batch_standardise, token_standar
 from ..prediction import predicted_rel_error
 from ..stratified import assumed
 from ..unbiased import counts_of
-from .base import FeatureMechanism, State, check_choice, kernel_option
+from .base import Exponent, FeatureMechanism, State, check_choice, kernel_option
 
 ESTIMATORS = ("stratified", *DEGREE_LAWS, "taylor")
 _Moments = tuple[Tensor, Tensor]
@@ -235,6 +235,20 @@ class Macformer(FeatureMechanism):
         return Features.of(
             maps, self.map.num_features, num_projections=self.map.num_projections, post=post, floor=self.map.floor
         )
+
+    def exponent(self, scale: float) -> Exponent | None:
+        """exp(t) of what ppSBN leaves, for the exponential kernel; centred features leave out exp(scale q k_centre)."""
+        if not self.kernel.is_exponential or self.ppsbn == "batch":  # whose statistics are those of a call
+            return None
+        query, key = self._normalisers(scale, None)
+        centre = self.map.k_centre if isinstance(self.map, StratifiedMap) and self.map.centred else None
+        if centre is None:
+            return Exponent(lambda q: query(q) * scale, key)
+
+        def left_out(q: Tensor) -> Tensor:
+            return per_key_head(query(q), centre.to(q.dtype)[..., None])[..., 0] * scale
+
+        return Exponent(lambda q: query(q) * scale, key, left_out)
 
     def _tensors(self) -> Iterator[Tensor | None]:
         """What the maps depend on."""

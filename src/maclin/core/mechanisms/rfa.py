@@ -11,7 +11,8 @@ from ..contract import Features
 from ..errors import OptionError
 from ..fast.maps import Maps
 from ..fast.spec import Side, Spec
-from .base import FeatureMechanism, check_num_features
+from ..norms import unit_norm
+from .base import Exponent, FeatureMechanism, check_num_features
 
 
 class Rfa(FeatureMechanism):
@@ -79,6 +80,12 @@ class Rfa(FeatureMechanism):
             return nn.functional.logsigmoid(logits)
 
         return Features.of(maps, self.num_features, log_gate=log_gate, num_projections=half)
+
+    def exponent(self, scale: float) -> Exponent | None:
+        """exp(scale q k) of unit vectors; the features leave out exp(scale). None with a gate, which weighs by age."""
+        if self.gate_weight is not None:
+            return None
+        return Exponent(lambda q: unit_norm(q) * scale, unit_norm, lambda q: torch.full_like(q[..., 0], scale))
 
     def _maps(self, scale: float) -> Maps:
         spec = Spec("fourier", norm="unit")

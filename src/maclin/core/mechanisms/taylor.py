@@ -6,7 +6,7 @@ from ..contract import Features
 from ..kernels import Kernel
 from ..kernels import kernel as kernel_of
 from ..maps import first_order_maps
-from .base import FeatureMechanism, kernel_option
+from .base import Exponent, FeatureMechanism, kernel_option
 
 
 class Taylor(FeatureMechanism):
@@ -36,3 +36,7 @@ class Taylor(FeatureMechanism):
     def features(self, scale: float) -> Features:
         """phi(x) = [sqrt(a_0), sqrt(a_1 scale^(1/2)) x] on both sides."""
         return Features.of(first_order_maps(self.kernel, scale, self.num_kv_heads, self.head_dim), self.head_dim + 1)
+
+    def exponent(self, scale: float) -> Exponent | None:
+        """exp(scale q k), of the exponential kernel."""
+        return Exponent.of_product(scale) if self.kernel.is_exponential else None

@@ -8,11 +8,12 @@ from torch import Tensor
 from ..blocks import OutBlocks
 from ..errors import InputError, OptionError
 from ..fused import fused_attention
+from ..sinks import Sinks, sinks_of, sinks_seen
 from .base import Mechanism, State
 
 
 class Window(Mechanism):
-    """softmax attention over the keys at most ``window`` positions away; each query sees at most 2 window + 1.
+    """softmax attention over the keys at most ``window`` positions away, and over the first ``sinks`` keys.
 
     Position i of N queries is key position i + S - N (the last query is aligned with the last key), so that
     with N > S the first queries may see nothing and give 0. Causal: the ``window`` keys before and the own one.
@@ -22,42 +23,67 @@ class Window(Mechanism):
         num_heads: H.
         num_kv_heads: Hk (default H).
         window: keys on each side.
+        sinks: how many of the first attended keys every query sees as well (causal: once they are there). Language
+            models lay the weight that a head has no use for on the first tokens, and fail without them.
 
-    Cost: N x (4 window) x (D + Dv) multiply-adds per head as computed, in blocks of queries. State: the last
-        ``window`` keys, values and their mask.
+    Cost: N x (4 window + sinks) x (D + Dv) multiply-adds per head as computed, in blocks of queries. State: the last
+        ``window`` keys, values and their mask, and the same of the sinks.
     Source: local attention as in Longformer (Beltagy et al. 2020, arXiv 2004.05150, section 3.1); deviations:
-        no global tokens, no dilation.
+        no global tokens but sinks, no dilation. Sinks: Xiao et al. 2023, arXiv 2309.17453, section 3.2.
     """
 
     name = "window"
     causal = True
+    aligned = True
 
-    def __init__(self, head_dim: int, num_heads: int, num_kv_heads: int | None = None, *, window: int = 64) -> None:
+    def __init__(
+        self, head_dim: int, num_heads: int, num_kv_heads: int | None = None, *, window: int = 64, sinks: int = 0
+    ) -> None:
         super().__init__(head_dim, num_heads, num_kv_heads)
         if window < 1:
             raise OptionError(f"window: window is {window}; wanted at least 1 key on each side")
+        if sinks < 0:
+            raise OptionError(f"window: sinks is {sinks}; wanted 0 or more first keys")
         self.window = window
-        self.config = {"window": window}
+        self.sinks = sinks
+        self.config = {"window": window, "sinks": sinks}
 
     def _bidirectional(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-        return self._banded(q, k, v, key_mask, scale, self.window)
+        sinks = None
+        if self.sinks:
+            sinks, key_mask = sinks_of(k, v, _whole(k, key_mask), self.sinks)
+        return self._banded(q, k, v, key_mask, scale, self.window, sinks, False)
 
     def _causal(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, state: State | None
     ) -> tuple[Tensor, State]:
-        mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
-        if state is not None:
-            wanted = [(*k.shape[:2], self.window, k.shape[3]), (*v.shape[:2], self.window, v.shape[3])]
-            if [tuple(a.shape) for a in state[:2]] != wanted or len(state) != 3:
-                raise InputError(
-                    f"window: state has shapes {[tuple(a.shape) for a in state]}; wanted {wanted} and a mask: pass "
-                    "what this mechanism returned for this batch"
-                )
+        mask, sinks, lag = _whole(k, key_mask), None, 0
+        past = None if state is None else self._known(state, k, v)
+        if self.sinks:
+            sinks, mask = sinks_of(k, v, mask, self.sinks, None if past is None else past[3:])
+        if past is not None:
+            lag = self.window
             k, v, mask = (
                 torch.cat([old, new], dim=-1 if old.dim() == 2 else 2)
-                for old, new in zip(state, (k, v, mask), strict=True)
+                for old, new in zip(past[:3], (k, v, mask), strict=True)
             )
-        return self._banded(q, k, v, mask, scale, 0), self._tail(k, v, mask)
+        if sinks is not None:
+            sinks = sinks._replace(position=torch.where(sinks.position < 0, sinks.position, sinks.position + lag))
+        out = self._banded(q, k, v, mask, scale, 0, sinks, True)
+        return out, (*self._tail(k, v, mask), *(() if sinks is None else sinks.state))
+
+    def _known(self, state: State, k: Tensor, v: Tensor) -> State:
+        """A state of these sizes."""
+        wanted: list[tuple[int, ...]] = []
+        for length in (self.window, *((self.sinks,) if self.sinks else ())):
+            wanted += [(*x.shape[:2], length, x.shape[3]) for x in (k, v)]
+            wanted.append((k.shape[0], length))
+        if [tuple(x.shape) for x in state] != wanted:
+            raise InputError(
+                f"window: state has shapes {[tuple(x.shape) for x in state]}; wanted {wanted}: pass what this "
+                "mechanism returned for this batch"
+            )
+        return state
 
     def _tail(self, k: Tensor, v: Tensor, mask: Tensor) -> State:
         """The last ``window`` keys, values and mask; shorter pasts are filled with masked zeros in front."""
@@ -69,7 +95,17 @@ class Window(Mechanism):
             pad(mask[:, max(mask.shape[1] - self.window, 0) :], (missing, 0)),
         )
 
-    def _banded(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, ahead: int) -> Tensor:
+    def _banded(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        ahead: int,
+        sinks: Sinks | None,
+        is_causal: bool,
+    ) -> Tensor:
         length, total = q.shape[2], k.shape[2]
         block = max(2 * self.window, 64)  # as many queries as they share keys beyond the band
         offset = total - length
@@ -78,7 +114,7 @@ class Window(Mechanism):
             stop = min(start + block, length)
             first = min(max(start + offset - self.window, 0), total)
             last = min(max(stop + offset + ahead, first), total)
-            if last == first:
+            if last == first and sinks is None:
                 out.add(v.new_zeros(*q.shape[:2], stop - start, v.shape[3]))
                 continue
             rows = torch.arange(start + offset, stop + offset, device=q.device)[:, None]
@@ -86,17 +122,22 @@ class Window(Mechanism):
             allowed = ((columns >= rows - self.window) & (columns <= rows + ahead))[None, None]
             if key_mask is not None:
                 allowed = allowed & key_mask[:, None, None, first:last]
-            part = fused_attention(
-                q[:, :, start:stop],
-                k[:, :, first:last],
-                v[:, :, first:last],
-                allowed,
-                scale=scale,
-            )
+            keys, values = k[:, :, first:last], v[:, :, first:last]
+            if sinks is not None:
+                seen = sinks_seen(sinks, rows[:, 0] if is_causal else None)
+                allowed = torch.cat([x.expand(len(k), 1, stop - start, x.shape[3]) for x in (seen, allowed)], dim=-1)
+                keys, values = torch.cat([sinks.k, keys], dim=2), torch.cat([sinks.v, values], dim=2)
+            part = fused_attention(q[:, :, start:stop], keys, values, allowed, scale=scale)
             out.add(part.masked_fill(~allowed.any(-1, keepdim=True), 0.0))
         return out.whole()
 
     def cost(self, num_queries: int, num_keys: int, value_dim: int) -> int:
-        """N x min(S, keys of a block) x (D + Dv)."""
+        """N x min(S, keys of a block and sinks) x (D + Dv)."""
         block = max(2 * self.window, 64)
-        return num_queries * min(num_keys, block + 2 * self.window) * (self.head_dim + value_dim)
+        return num_queries * min(num_keys, block + 2 * self.window + self.sinks) * (self.head_dim + value_dim)
+
+
+def _whole(k: Tensor, key_mask: Tensor | None) -> Tensor:
+    if key_mask is not None:
+        return key_mask
+    return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
