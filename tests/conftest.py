@@ -5,6 +5,7 @@ import os
 # Before any test imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("MACLIN_NATIVE", "wait")  # compiled kernels from the first call on, not from some call on
 
 import pytest
 import torch

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maclin.core.errors import CapabilityError
 from maclin.core.mechanisms import Mechanism, row
+from maclin.core.native import wait_for_kernels
 from maclin.progress import Progress, Silent, Steps
 from maclin.records import SCHEMA_VERSION, BenchResult, BenchRow, Floor, Growth, Rates, Timing
 
@@ -46,6 +47,7 @@ def bench(job: BenchJob, progress: Progress | None = None) -> BenchResult:
     if load > _BUSY_LOAD:
         warnings.append(f"this machine was busy with something else (load average {load:.2f}) when this began")
     with steps.step("measure the machine"):
+        wait_for_kernels()  # of the CPU: compiled now, rather than between two figures
         rates = measure_rates(job.torch_dtype, job.torch_device)
     with steps.step("check against the oracles") as told:
         mechanisms, reasons = job.built()

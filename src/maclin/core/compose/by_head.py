@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CapabilityError, InputError, MaclinError, OptionError
 from ..mechanisms.base import Mechanism, State
+from .parts import mechanism, row
 
 EXACT = "softmax"
 """What a head gets that is not named."""
@@ -226,23 +227,20 @@ def _taken(x: Tensor, heads: tuple[int, ...]) -> Tensor:
 def _built(
     name: str, options: Mapping[str, Any], head_dim: int, group: _Group, generator: torch.Generator | None
 ) -> Mechanism:
-    from .. import mechanisms  # the registry has a row of this one
 
     if name == ByHead.name:
         raise OptionError(f"by_head: the mechanism of heads {list(group.heads)} is by_head itself; name its parts")
     given: dict[str, Any] = {"head_dim": head_dim, "num_heads": len(group.heads), "num_kv_heads": len(group.key_heads)}
     try:
-        draw: dict[str, Any] = {"generator": generator} if mechanisms.row(name).takes_generator else {}
-        return mechanisms.mechanism(name, **given, **dict(options), **draw)
+        draw: dict[str, Any] = {"generator": generator} if row(name).takes_generator else {}
+        return mechanism(name, **given, **dict(options), **draw)
     except MaclinError as error:
         raise OptionError(f"by_head: heads {list(group.heads)}: {error}") from error
 
 
 def _short(part: Mechanism) -> dict[str, Any]:
     """The options of a part that are not its defaults."""
-    from .. import mechanisms
-
-    defaults = mechanisms.row(part.name).options
+    defaults = row(part.name).options
     return {key: value for key, value in part.config.items() if key not in defaults or value != defaults[key]}
 
 

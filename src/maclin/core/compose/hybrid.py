@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import mechanisms
 from ..algebra import wide
 from ..blocks import OutBlocks, token_blocks
 from ..causal import causal_readings
@@ -21,6 +20,7 @@ from ..native.band import Window, band, causal_band, takes_band
 from ..sinks import Sinks, sinks_of
 from ..transfer import transfer
 from .band import BLOCK, Tokens, banded_reading, near_reading, sink_reading
+from .parts import mechanism, row
 
 _LEAST_BYTES, _MOST_BYTES = 1 << 19, 3 << 19  # of the pairs of queries with their windows that are held at once
 _LINEAR: dict[str, dict[str, Any]] = {"macformer": {"ppsbn": False}}
@@ -62,6 +62,7 @@ class Hybrid(Mechanism):
 
     name = "hybrid"
     causal = True
+    aligned = True
 
     def __init__(
         self,
@@ -84,11 +85,9 @@ class Hybrid(Mechanism):
         if balance not in ("fixed", "learned"):
             raise OptionError(f"hybrid: balance is {balance!r}; known are 'fixed', 'learned'")
         options = dict(_LINEAR.get(linear, {}) if linear_options is None else linear_options)
-        if mechanisms.row(linear).takes_generator:
+        if row(linear).takes_generator:
             options["generator"] = generator
-        built = mechanisms.mechanism(
-            linear, head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, **options
-        )
+        built = mechanism(linear, head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, **options)
         self.linear = _checked(built)
         self.window = window
         self.sinks = sinks

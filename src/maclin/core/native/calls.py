@@ -17,6 +17,7 @@ from .layout import ArrayStruct, MapStruct, array_of, layout_of, pointer, run, t
 from .library import library
 
 _LEAST_BLOCKS = 4  # of a task: less, and its sums cost as much as its tokens
+_FRESH_BYTES = 1 << 25  # from here on, memory comes straight from the system
 _TASKS = 4  # per thread, so that one that is held up does not hold up all
 
 
@@ -51,7 +52,7 @@ class _Causal(ctypes.Structure):
 
 class _Read(ctypes.Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("size", "batch", "heads", "length", "width", "chunks")),
+        *((name, c_int64) for name in ("size", "batch", "heads", "length", "width", "chunks", "fresh")),
         ("map", MapStruct),
         ("q", ArrayStruct),
         ("out", ArrayStruct),
@@ -153,8 +154,9 @@ def read(
     run(
         "maclin_read",
         _Read(
-            ctypes.sizeof(_Read), batch, heads, length, kv.shape[3], pieces(length, batch * heads), layout.struct,
-            array_of(q), array_of(out), pointer(kv), pointer(z), pointer(logs), finish.floor,
+            ctypes.sizeof(_Read), batch, heads, length, kv.shape[3], pieces(length, batch * heads),
+            out.nbytes >= _FRESH_BYTES, layout.struct, array_of(q), array_of(out),
+            pointer(kv), pointer(z), pointer(logs), finish.floor,
             pointer(constant_kv), pointer(constant_z), pointer(gamma), pointer(beta),
         ),
     )  # fmt: skip

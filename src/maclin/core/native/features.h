@@ -140,8 +140,8 @@ static void prepare(const Map& map, long head, float* x, float* norm) {
   }
 }
 
-static void project(const Map& map, long head, const float* x, float* u, const float* start) {
-  Product p{map.matrix + head * map.projections * map.head_dim, map.head_dim, x, T, u, T, start};
+static void project(const Map& map, long head, const float* x, float* u, const float* start, Ahead* ahead) {
+  Product p{map.matrix + head * map.projections * map.head_dim, map.head_dim, x, T, u, T, start, ahead};
   multiply<false>(p, map.projections, T, map.head_dim, start ? ROWS : ZERO);
 }
 
@@ -158,14 +158,15 @@ static void key_logs(const Map& map, const float* x, vf* added) {
 
 // phi of prepared x; in the log domain logarithms, to which those of queries have query_logs (features) added, and those
 // of keys lack key_logs.
-static void fill(const Map& map, long head, Block& block, bool of_keys, const float* query_logs) {
+static void fill(const Map& map, long head, Block& block, bool of_keys, const float* query_logs,
+                 Ahead* ahead = nullptr) {
   const float scale = (float)map.scale;
   const long D = map.head_dim, P = map.projections;
   float *x = block.x, *u = block.u, *phi = block.phi;
   const float* offset = map.offset ? map.offset + head * P : nullptr;
   switch (map.family) {
     case PRODUCT: {
-      if (P) project(map, head, x, u, offset);
+      if (P) project(map, head, x, u, offset, ahead);
       if (map.weighted && of_keys) TV {
         vf log = load(u + (P - 1) * T + t);
         log = log > MOST_EXPONENT ? splat(MOST_EXPONENT) : log < -MOST_EXPONENT ? splat(-MOST_EXPONENT) : log;
@@ -193,10 +194,10 @@ static void fill(const Map& map, long head, Block& block, bool of_keys, const fl
       break;
     }
     case POSITIVE:
-      project(map, head, x, phi, of_keys ? nullptr : query_logs);
+      project(map, head, x, phi, of_keys ? nullptr : query_logs, ahead);
       break;
     case FOURIER:
-      project(map, head, x, u, offset);
+      project(map, head, x, u, offset, ahead);
       for (long f = 0; f < P; f++) TV {
         vf s, c;
         vsincos(load(u + f * T + t), s, c);

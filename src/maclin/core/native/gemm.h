@@ -35,6 +35,13 @@ struct Ahead {
     }
     return left > 0;
   }
+  void fetch(long count) {
+    for (; count > 0 && begin(); count--, left--) {
+      __builtin_prefetch(at, 0, 2);
+      at += 64;
+      if (++line == parts[part - 1].lines) line = 0, at += parts[part - 1].jump;
+    }
+  }
 };
 
 struct Product {

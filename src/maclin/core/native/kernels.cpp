@@ -1,5 +1,6 @@
 // What Python calls: plain C functions over raw memory. Threads are those of the OpenMP that torch runs on.
 
+#include <atomic>
 #include <cstdlib>
 #include <new>
 #include <thread>

@@ -18,8 +18,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...files import cache_dir
-
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
 _COMPILERS = ("g++", "clang++", "c++")
 _SOURCES = ("*.cpp", "*.h", "build.py")
@@ -87,6 +85,8 @@ class _Loader:
             self.status = self._finished(self.status)
 
     def _start(self) -> NativeStatus:
+        from ...files import cache_dir  # not loaded with the package
+
         compiler = _compiler()
         if compiler is None:
             return NativeStatus("unavailable", f"no C++ compiler among {', '.join(_COMPILERS)}")

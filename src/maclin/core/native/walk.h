@@ -1,105 +1,12 @@
 // accumulate: keys and values to sums. read: queries and sums to out. Blocks of T tokens, tasks for every thread.
 #pragma once
 
-#include <atomic>
-
-#include "tiles.h"
-
-static inline long up(long n) { return (n + VW - 1) / VW * VW; }
-static inline long least(long a, long b) { return a < b ? a : b; }
-
-// (rows, columns) at from, step numbers from row to row -> (columns, rows) at to; both sizes multiples of VW
-static void turn(const float* from, long step, long rows, long columns, float* to, long to_step) {
-  for (long i = 0; i < rows; i += VW)
-    for (long j = 0; j < columns; j += VW) {
-      vf square[VW];
-      for (int k = 0; k < VW; k++) square[k] = load(from + (i + k) * step + j);
-      transpose(square);
-      for (int k = 0; k < VW; k++) store(to + (j + k) * to_step + i, square[k]);
-    }
-}
-
-// What a block attends to: weight 1, or 0 where masked or beyond count; returns how many.
-static long attended(float* weight, const uint8_t* mask, long mask_stride, long count) {
-  if (count == T && !mask) {
-    TV store(weight + t, splat(1.0f));
-    return T;
-  }
-  long kept = 0;
-  for (long t = 0; t < T; t++) {
-    bool on = t < count && (!mask || mask[t * mask_stride]);
-    weight[t] = on ? 1.0f : 0.0f;
-    kept += on;
-  }
-  return kept;
-}
-
-// values (rows, across), times their weight, 0 where that is 0
-template <class E>
-static void load_values(float* to, const E* from, long token, long entry, long width, long count, const float* weight,
-                        long rows, long across) {
-  for (long t = 0; t < rows; t++, to += across) {
-    const float w = weight[t];
-    if (t >= count || w == 0.0f) {
-      for (long d = 0; d < across; d += VW) store(to + d, vf{});
-      continue;
-    }
-    const E* row = from + t * token;
-    long d = 0;
-    if (entry == 1)
-      for (; d + VW <= width; d += VW) store(to + d, load(row + d) * w);
-    for (; d < width; d++) to[d] = value(row[d * entry]) * w;
-    for (; d < across; d++) to[d] = 0.0f;
-  }
-}
-
-static void load_rows(float* to, const Array& from, long b, long h, long first, long width, long count,
-                      const float* weight, long rows = T, long across = 0) {
-  if (!across) across = up(width);
-  if (from.type == FLOAT)
-    load_values(to, from.at<float>(b, h, first), from.token, from.entry, width, count, weight, rows, across);
-  else if (from.type == BFLOAT)
-    load_values(to, from.at<bf16>(b, h, first), from.token, from.entry, width, count, weight, rows, across);
-#ifdef HAS_HALF
-  else
-    load_values(to, from.at<half>(b, h, first), from.token, from.entry, width, count, weight, rows, across);
-#endif
-}
-
-template <class E>
-static void write_values(const float* from, E* to, long token, long entry, long width, long count, long across) {
-  for (long t = 0; t < count; t++, from += across, to += token) {
-    long d = 0;
-    if (entry == 1)
-      for (; d + VW <= width; d += VW) store(to + d, load(from + d));
-    for (; d < width; d++) put(to + d * entry, from[d]);
-  }
-}
-
-static void write_rows(const float* from, const Array& to, long b, long h, long first, long width, long count,
-                       long across = 0) {
-  if (!across) across = up(width);
-  if (to.type == FLOAT)
-    write_values(from, to.at<float>(b, h, first), to.token, to.entry, width, count, across);
-  else if (to.type == BFLOAT)
-    write_values(from, to.at<bf16>(b, h, first), to.token, to.entry, width, count, across);
-#ifdef HAS_HALF
-  else
-    write_values(from, to.at<half>(b, h, first), to.token, to.entry, width, count, across);
-#endif
-}
+#include "rows.h"
 
 // The sums of one head over a range of tokens.
 struct Totals {
   float *kv, *lanes, *top;  // (features, up(width)), (features, VW), (features) in the log domain
 };
-
-// What the block from this token on will read of an array, as rows of lines; one row after the other where they touch.
-static void ahead_of(const Array& x, long width, long b, long h, long first, long length, Ahead::Part& part) {
-  if (first >= length || !x.row_lines(width)) return;
-  const long lines = x.row_lines(width);
-  part = {x.address(b, h, first), least(T, length - first), lines, x.token * x.bytes() - lines * 64};
-}
 
 template <int R>
 static INLINE void add_lanes(const float* phi, const vf* weight, float* lanes) {
@@ -187,24 +94,24 @@ static void accumulate_task(const Accumulate& a, long task, float* memory) {
     const uint8_t* mask = a.mask ? a.mask + b * a.mask_batch + first * a.mask_token : nullptr;
     const long kept = attended(block.weight, mask, a.mask_token, count);
     if (!kept) continue;
-    load_block(block.x, a.k, b, h, first, a.map.head_dim, count, block.weight);
-    prepare(a.map, h, block.x, block.norm);
-    fill(a.map, h, block, true, nullptr);
     Ahead ahead;
     ahead_of(a.k, a.map.head_dim, b, h, first + T, a.length, ahead.parts[0]);
     ahead_of(a.v, a.width, b, h, first + T, a.length, ahead.parts[1]);
+    load_block(block.x, a.k, b, h, first, a.map.head_dim, count, block.weight);
+    prepare(a.map, h, block.x, block.norm);
+    fill(a.map, h, block, true, nullptr, &ahead);
     add_features(a.map, sums, block, across);
     // where every weight is 1, the values are taken from where they are
     const bool as_given = kept == T && !a.map.weighted && a.v.type != HALF && a.v.entry == 1 && a.width == across &&
                           (narrow || a.v.type == FLOAT);
     if (!as_given) load_rows(values, a.v, b, h, first, a.width, count, block.weight, T, across);
     if (narrow) {
-      narrow_rows(block.phi, T, F, T, phi16);
+      narrow_rows(block.phi, T, F, T, phi16, ahead);
       if (as_given)
-        pair_rows(a.v.at<bf16>(b, h, first), a.v.token, T, across, values16);
+        pair_rows(a.v.at<bf16>(b, h, first), a.v.token, T, across, values16, ahead);
       else
-        narrow_pairs(values, across, T, across, values16);
-      multiply_tiles(phi16, T, values16, 2 * across, sums.kv, across, tall, across, T, true);
+        narrow_pairs(values, across, T, across, values16, ahead);
+      multiply_tiles(phi16, T, values16, 2 * across, sums.kv, across, tall, across, T, true, ahead);
     } else {
       Product p{block.phi, T, as_given ? a.v.at<float>(b, h, first) : values, as_given ? a.v.token : across,
                 sums.kv,   across, nullptr, &ahead};
@@ -222,6 +129,7 @@ static void accumulate_task(const Accumulate& a, long task, float* memory) {
 struct Read {
   int64_t size;
   int64_t batch, heads, length, width, chunks;
+  int64_t fresh;  // out is contiguous, and its memory has just come from the system
   Map map;
   Array q, out;
   const float *kv, *z, *log_scale;  // (batch, heads, features, width or nothing); no log_scale: null
@@ -333,27 +241,32 @@ static void read_task(const Read& a, long task, float* memory) {
   if (narrow) {
     for (long i = F * across; i < tall * across; i++) kv[i] = 0.0f;
     turn(kv, across, tall, across, turned, tall);
-    narrow_rows(turned, tall, across, tall, kv16);
+    Ahead nothing;
+    narrow_rows(turned, tall, across, tall, kv16, nothing);
   }
   for (long d = 0; d < across; d++)
     constant[d] = a.constant_kv && d < a.width ? a.constant_kv[row * a.width + d] : 0.0f;
   Settle settle{(float)a.floor, a.constant_z ? a.constant_z + row : nullptr, a.constant_kv ? constant : nullptr, 0, 0,
                 a.gamma ? a.gamma + h : nullptr, a.beta ? a.beta + h : nullptr};
   const bool as_given = a.out.type != HALF && a.out.entry == 1 && a.width == across;
-  for (long i = blocks * chunk / a.chunks; i < blocks * (chunk + 1) / a.chunks; i++) {
+  for (long i = blocks * chunk / a.chunks, left = 0; i < blocks * (chunk + 1) / a.chunks; i++) {
     const long first = i * T, count = least(T, a.length - first);
+    if (a.fresh && left-- == 0) {
+      fetch_pages(a.out, b, h, first, least(FRESH_BLOCKS * T, a.length - first));
+      left = FRESH_BLOCKS - 1;
+    }
     attended(block.weight, nullptr, 0, count);
-    load_block(block.x, a.q, b, h, first, a.map.head_dim, count, block.weight);
-    prepare(a.map, h, block.x, block.norm);
-    fill(a.map, h, block, false, logs);
-    if (a.map.logs()) exponentiate_queries(a.map, block.phi);
     Ahead ahead;
     ahead_of(a.out, a.width, b, h, first, a.length, ahead.parts[0]);
     ahead_of(a.q, a.map.head_dim, b, h, first + T, a.length, ahead.parts[1]);
+    load_block(block.x, a.q, b, h, first, a.map.head_dim, count, block.weight);
+    prepare(a.map, h, block.x, block.norm);
+    fill(a.map, h, block, false, logs, &ahead);
+    if (a.map.logs()) exponentiate_queries(a.map, block.phi);
     Product p{block.phi, T, kv, across, rows, across, nullptr, &ahead};
     if (narrow) {
-      narrow_pairs(block.phi, T, F, T, phi16);
-      multiply_tiles(kv16, tall, phi16, 2 * T, turned, T, across, T, tall, false);
+      narrow_pairs(block.phi, T, F, T, phi16, ahead);
+      multiply_tiles(kv16, tall, phi16, 2 * T, turned, T, across, T, tall, false, ahead);
       turn(turned, T, across, T, rows, across);
     } else {
       multiply<true>(p, T, across, F, ZERO);
