@@ -16,6 +16,7 @@ FLOOR = {
     "core": 0,
     "nn": 1,
     "parallel": 1,
+    "training": 1,
     "report": 2,
     "adopt": 2,
     "bench": 2,

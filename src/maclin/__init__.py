@@ -23,7 +23,19 @@ from .core.statistics import guarded
 
 if TYPE_CHECKING:
     from . import arena, bench, nn, records, testing
-    from .adopt import audit, choose, convert_, diagnose, plan, restore_
+    from .adopt import (
+        audit,
+        choose,
+        convert_,
+        diagnose,
+        guard,
+        heal,
+        load_converted,
+        plan,
+        restore_,
+        save_converted,
+        unguard,
+    )
     from .records import Audit, Choice, Diagnosis, Plan, Report
 
 __all__ = [
@@ -48,14 +60,19 @@ __all__ = [
     "choose",
     "convert_",
     "diagnose",
+    "guard",
     "guarded",
+    "heal",
+    "load_converted",
     "mechanism",
     "mechanisms",
     "nn",
     "plan",
     "records",
     "restore_",
+    "save_converted",
     "testing",
+    "unguard",
 ]
 
 # Loaded at first use, so that ``import maclin`` costs little more than ``import torch``.
@@ -63,9 +80,14 @@ _LAZY = {
     "audit": "maclin.adopt",
     "choose": "maclin.adopt",
     "diagnose": "maclin.adopt",
+    "guard": "maclin.adopt",
     "plan": "maclin.adopt",
     "convert_": "maclin.adopt",
+    "load_converted": "maclin.adopt",
     "restore_": "maclin.adopt",
+    "save_converted": "maclin.adopt",
+    "heal": "maclin.adopt",
+    "unguard": "maclin.adopt",
     "Audit": "maclin.records",
     "Choice": "maclin.records",
     "Diagnosis": "maclin.records",

@@ -1,6 +1,7 @@
 """Tiny models with random weights, built from configurations, and batches for them."""
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,6 +67,14 @@ class Tiny:
         """Last hidden states of the tokens that are not padding."""
         out = model(**inputs).last_hidden_state
         return out[inputs["attention_mask"].bool()] if "attention_mask" in inputs else out
+
+
+@pytest.fixture(scope="package", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Latencies that plans measure are kept apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MACLIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

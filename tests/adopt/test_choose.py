@@ -91,7 +91,7 @@ def test_kernels_compete_and_the_table_shows_all() -> None:
     mech, choice = maclin.choose(q, k, v, **LONG)
     kernels = {row.asked.get("kernel") for row in choice.rows if row.mechanism == "macformer"}
     assert kernels == {None, "exp", "inv", "log", "sqrt"}
-    assert {row.mechanism for row in choice.rows} == set(maclin.mechanisms.names()) - {"softmax", "mean"}
+    assert {row.mechanism for row in choice.rows} == set(maclin.mechanisms.names()) - {"softmax", "mean", "by_head"}
     assert mech.name == choice.mechanism
     text = str(choice)
     assert text.startswith(choice.mechanism)

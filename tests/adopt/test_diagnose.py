@@ -134,7 +134,17 @@ def test_every_mechanism_can_be_looked_at(name: str) -> None:
         if getattr(found.heads[0], field) is None
     }
     assert bool(missing) == bool(found.reasons)
-    without = ("mean", "window", "linformer", "efficient", "revisited_linformer", "elu")
+    without = (
+        "mean",
+        "window",
+        "linformer",
+        "efficient",
+        "revisited_linformer",
+        "elu",
+        "hedgehog",
+        "by_head",
+        "hybrid",
+    )
     assert ("kernel_gap" in missing) == (name in without)
     text = str(found)
     assert len(text.splitlines()) == 2 + 4 + len(found.warnings) + len(found.reasons)

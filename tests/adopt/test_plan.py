@@ -1,13 +1,17 @@
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from maclin.adopt import frontier_order, load_plan, plan, relative_cost, save_plan
+from maclin.adopt import frontier_order, load_plan, relative_cost, save_plan
+from maclin.adopt import plan as planned
 from maclin.core import mechanisms
 from maclin.core.errors import InputError, MaclinError, OptionError
 from maclin.records import Audit, LayerAudit, MechanismError, Plan, from_json, to_json
+
+plan = partial(planned, costs="operations")
 
 
 def layer(name: str, refused: str | None = None, **errors: float | None) -> LayerAudit:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ WORDS = "abcdefgh"
 
 if importlib.util.find_spec("transformers") is None:
     collect_ignore = ["test_run.py"]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Latencies that plans measure are kept apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MACLIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

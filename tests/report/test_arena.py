@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,6 +21,7 @@ from maclin.report.arena import (
     write_arena,
 )
 from maclin.report.arena_charts import learning_curves
+from maclin.report.arena_picture import render_arena_svg
 from maclin.report.arena_rows import counts, mean_of, rows_of
 from maclin.report.arena_tables import cost_tables, overview_table, score_text
 
@@ -182,3 +184,24 @@ def test_what_is_written_is_read_back(found: ArenaResult, tmp_path: Path) -> Non
     paths["json"].write_text(json.dumps({"schema_version": "7.0"}))
     with pytest.raises(ValueError, match="schema"):
         load_arena(paths["json"])
+
+
+def test_the_picture_holds_every_mechanism_and_every_score(found: ArenaResult) -> None:
+    drawn = ElementTree.fromstring(render_arena_svg(found))
+    space = "{http://www.w3.org/2000/svg}"
+    texts = [text.text for text in drawn.iter(f"{space}text")]
+    assert {"macformer", "softmax", "mean", "favor <b>", "linformer", "accuracy (%), 200 positions"} <= set(texts)
+    assert texts.index("macformer") < texts.index("softmax") < texts.index("favor <b>")
+    # four scores, and four steps that were measured at the full length; linformer has neither
+    circles = [(float(c.get("cx", 0)), float(c.get("cy", 0)), c.get("fill")) for c in drawn.iter(f"{space}circle")]
+    assert len(circles) == 8
+    assert texts.count("–") == 2
+    rows = {name: float(t.get("y", 0)) for t in drawn.iter(f"{space}text") if (name := t.text) in SCORES}
+    scores, times = (
+        {name: min(x for x, y, _ in part if abs(y - row) < 8) for name, row in rows.items()}
+        for part in (sorted(circles)[:4], sorted(circles)[4:])
+    )
+    assert sorted(scores, key=scores.__getitem__) == ["favor <b>", "mean", "macformer", "softmax"]
+    assert sorted(times, key=times.__getitem__) == ["favor <b>", "softmax", "macformer", "mean"]
+    nothing = replace(found, tasks=(replace(found.tasks[0], runs=found.tasks[0].runs[-1:], costs=()),))
+    assert "linformer" in render_arena_svg(nothing)

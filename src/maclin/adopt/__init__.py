@@ -1,19 +1,29 @@
 """An existing model made linear: capture, audit, plan, convert."""
 
 from maclin.adopt.audit import audit
-from maclin.adopt.candidates import default_candidates, default_config
+from maclin.adopt.candidates import default_candidates, default_config, plan_candidates
 from maclin.adopt.capture import Captured, capture
 from maclin.adopt.choose import Chosen, choose, tensor_candidates
 from maclin.adopt.convert import calibrated_layers, convert_, restore_
+from maclin.adopt.costs import Costs, Latencies, measure_costs
 from maclin.adopt.diagnose import diagnose, diagnose_layers
 from maclin.adopt.documents import Documents, python_documents, read_documents
+from maclin.adopt.guard import Flag, Guard, GuardWarning, guard, guard_rates, unguard
+from maclin.adopt.heal import HealRecipe, drift, heal, unknown_id_of
 from maclin.adopt.load import Loaded, load, packaged_model
 from maclin.adopt.plan import Step, frontier_order, load_plan, plan, relative_cost, save_plan
+from maclin.adopt.store import load_converted, save_converted
 
 __all__ = [
     "Captured",
     "Chosen",
+    "Costs",
     "Documents",
+    "Flag",
+    "Guard",
+    "GuardWarning",
+    "HealRecipe",
+    "Latencies",
     "Loaded",
     "Step",
     "audit",
@@ -25,15 +35,25 @@ __all__ = [
     "default_config",
     "diagnose",
     "diagnose_layers",
+    "drift",
     "frontier_order",
+    "guard",
+    "guard_rates",
+    "heal",
     "load",
+    "load_converted",
     "load_plan",
+    "measure_costs",
     "packaged_model",
     "plan",
+    "plan_candidates",
     "python_documents",
     "read_documents",
     "relative_cost",
     "restore_",
+    "save_converted",
     "save_plan",
     "tensor_candidates",
+    "unguard",
+    "unknown_id_of",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,16 @@ from maclin.adopt.calibrate import for_learning, only, sampled, watch_documents
 from maclin.adopt.candidates import Candidate, Trial, default_candidates, relative, squares, sums, trials
 from maclin.adopt.capture import token_mask
 from maclin.adopt.exact import ExactAttention, actual_scale, exact_attention, uniform_attention
-from maclin.adopt.hosts import host
+from maclin.adopt.hosts import host, layers_of
 from maclin.adopt.hosts.base import AttentionCall, AttentionLayer, Batch
+from maclin.adopt.sensitivity import first_documents, output_changes
+from maclin.core.errors import MaclinError
 from maclin.records import Audit, HeadStatistics, LayerAudit
 
 FEW_DOCUMENTS, FEW_TOKENS = 16, 4096
 """Below either, the audit carries a warning."""
+
+_LEAST_ERROR = 0.01  # of averaging: below, what it does to the output is mostly rounding
 
 
 def audit(
@@ -30,6 +35,8 @@ def audit(
     mechanisms: Iterable[Candidate] | None = None,
     progress: Callable[[int], None] | None = None,
     calibrating: Callable[[str], None] | None = None,
+    *,
+    sensitivities: bool = True,
 ) -> Audit:
     """Measure every mechanism on every attention layer of a model.
 
@@ -46,6 +53,10 @@ def audit(
         mechanisms: names, or pairs of name and configuration (default: ``default_candidates``).
         progress: called after each batch that was measured, with the number of them.
         calibrating: called with the name of each layer whose mechanisms have been calibrated.
+        sensitivities: also measure what the model's output makes of errors in each layer, from one more run of
+            the model for each layer on the first 1024 tokens: the layer is replaced by averaging, and the squared
+            relative change of the output is divided by the squared relative error that averaging has there.
+            ``maclin.plan`` weighs the layers with it.
 
     Returns:
         One row per attention module, in the order of the first call; a module that several layers share is one
@@ -57,8 +68,8 @@ def audit(
         CapabilityError: the model's attention cannot be watched.
         MaclinError: a batch does not fit in memory.
     """
-    layers = host(model).layers()
-    watched = [layer for layer in layers if layer.refused is None]
+    layers, batches = layers_of(model, batches)
+    watched = [layer for layer in layers if layer.unmeasured is None]
     given = None if mechanisms is None else list(mechanisms)
     candidates = {
         layer.name: trials(default_candidates(layer.head_dim) if given is None else given, layer) for layer in watched
@@ -79,17 +90,37 @@ def audit(
             progress(done)
         return True
 
+    few: list[Batch] = []
     with torch.no_grad():
-        watch_documents(model, batches, watched, measure, report)
+        watch_documents(model, first_documents(batches, few) if sensitivities else batches, watched, measure, report)
     rows = tuple(
-        totals[layer.name].row() if layer.refused is None else _refused(layer, layer.refused) for layer in layers
+        totals[layer.name].row() if layer.unmeasured is None else _refused(layer, layer.unmeasured) for layer in layers
     )
     measured = [totals[row.layer] for row in rows if row.refused is None]
     documents = max((t.documents // t.layer.calls for t in measured), default=0)
     length = max((t.longest for t in measured), default=0)
     tokens = max((row.num_tokens for row in rows), default=0)
+    warnings = _warnings(documents, tokens)
+    if sensitivities:
+        try:
+            rows = _weighed(rows, output_changes(model, few, [t.layer for t in measured]))
+        except (MaclinError, RuntimeError, ValueError, TypeError) as error:
+            warnings += (
+                f"what each layer means to the output could not be measured, a plan weighs all alike: {error}",
+            )
+    device, dtype = next(((t.device, t.dtype) for t in measured), ("", ""))
     root = type(host(model).root).__name__
-    return Audit(rows, length, documents, _warnings(documents, tokens), root, learning)
+    return Audit(rows, length, documents, warnings, root, learning, device, dtype)
+
+
+def _weighed(rows: tuple[LayerAudit, ...], changes: Mapping[str, float]) -> tuple[LayerAudit, ...]:
+    """The rows with the change of the output per squared relative error of each layer."""
+    found: list[LayerAudit] = []
+    for row in rows:
+        if row.layer in changes and row.uniform_rel_error:
+            row = replace(row, sensitivity=changes[row.layer] / max(row.uniform_rel_error, _LEAST_ERROR) ** 2)
+        found.append(row)
+    return tuple(found)
 
 
 def _teach(
@@ -144,6 +175,7 @@ class _Totals:
         self.entropy, self.entropy_rows, self.logit_std = zeros.clone(), 0, zeros.clone()
         self.q_squared, self.k_squared = zeros.clone(), zeros.clone()
         self.q_max, self.k_max = zeros.clone(), zeros.clone()
+        self.device = self.dtype = ""
 
     def add(self, call: AttentionCall) -> None:
         real = token_mask(call)
@@ -173,6 +205,7 @@ class _Totals:
             squared += norms.square().sum((0, 2)).cpu()
             torch.maximum(most_so_far, norms.amax((0, 2)).cpu(), out=most_so_far)
         self.scale = actual_scale(call)
+        self.device, self.dtype = str(call.q.device), str(call.q.dtype).removeprefix("torch.")
 
     def row(self) -> LayerAudit:
         if not self.tokens:
@@ -199,6 +232,10 @@ class _Totals:
             uniform_rel_error=uniform,
             uniform_rel_error_by_head=uniform_by_head,
             errors=tuple(candidate.result(self.exact) for candidate in self.candidates),
+            value_dim=self.layer.value_dim,
+            is_causal=self.layer.is_causal,
+            calls=self.layer.calls,
+            energy_by_head=tuple((self.exact / self.exact.sum()).tolist()),
         )
 
 

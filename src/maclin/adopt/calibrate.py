@@ -50,7 +50,10 @@ def short_config(mechanism: registry.Mechanism) -> Config:
 
 def needs_data(config: Config) -> bool:
     """Whether a configuration is one that calibration made: counts or centres that mean nothing without bases."""
-    return bool(config.get("centred")) or config.get("counts") is not None
+    if bool(config.get("centred")) or config.get("counts") is not None:
+        return True
+    values = [item for value in config.values() for item in (value if isinstance(value, list) else [value])]
+    return any(needs_data(value) for value in values if isinstance(value, dict))  # of mechanisms made of others
 
 
 def sampled(

@@ -20,6 +20,8 @@ from maclin.records import Config, MechanismError
 DRAWS = 3
 """Independent draws of a random mechanism: batches take turns with them, and its error is that over all batches."""
 
+_NOT_TRIED = ("softmax", "by_head")
+
 Candidate = str | tuple[str, Config]
 """A mechanism's name, with its default configuration for the layer's width, or name and configuration."""
 
@@ -45,17 +47,35 @@ def default_candidates(head_dim: int) -> list[tuple[str, Config]]:
 
     Unit vectors keep macformer's logits within 1 / sqrt(D), so that it stays near averaging whatever was learned.
     Calibrated on raw q and k it follows softmax attention as far as its features reach: 4 D of them cost about as
-    much as exact attention at 400 to 500 tokens, 8 D about twice that.
+    much as exact attention at 400 to 500 tokens, 8 D about twice that. by_head is made of what was tried by a plan.
 
     Args:
         head_dim: width of the layer's heads.
     """
     found: list[tuple[str, Config]] = []
     for name in registry.names():
-        if name != "softmax":
+        if name not in _NOT_TRIED:
             found.append((name, default_config(name, head_dim)))
         if name == "macformer":
             found.extend((name, {"ppsbn": False, "num_features": times * head_dim}) for times in (4, 8))
+    return found
+
+
+def plan_candidates(head_dim: int, tolerance: float | None = None) -> list[tuple[str, Config]]:
+    """What is worth trying where a plan is to choose: ``default_candidates``, and more sizes of what plans are made of.
+
+    Windows of a quarter and four times the default, hybrids with narrow windows, and with a tolerance macformer with as
+    many features as it takes.
+
+    Args:
+        head_dim: width of the layer's heads.
+        tolerance: of the plan.
+    """
+    found = default_candidates(head_dim)
+    found.extend(("window", {"window": window}) for window in (16, 256))
+    found.extend(("hybrid", {"window": window}) for window in (16, 32))
+    if tolerance is not None:
+        found.append(("macformer", {"ppsbn": False, "num_features": "auto", "tolerance": tolerance}))
     return found
 
 

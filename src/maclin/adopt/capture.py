@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from maclin.adopt.hosts import host
+from maclin.adopt.hosts import host, layers_of
 from maclin.adopt.hosts.base import AttentionCall, AttentionLayer, Batch
 from maclin.core.errors import InputError
 
@@ -51,7 +51,7 @@ def capture(
     """
     if max_tokens < 1:
         raise InputError(f"wanted max_tokens of at least 1, got {max_tokens}")
-    found = host(model).layers()
+    found, batches = layers_of(model, batches)
     wanted = {layer.name for layer in found if layer.refused is None}
     if layers is not None:
         names = list(layers)
@@ -135,8 +135,8 @@ def check_finite(call: AttentionCall, batch: int) -> None:
 
 
 def token_mask(call: AttentionCall) -> Tensor:
-    """Which queries are real tokens: (B, N) bool; padding of keys is padding of queries in self-attention."""
+    """Which queries are real tokens: (B, N) bool; padding of keys is padding of queries in self-attention only."""
     batch, _, length, _ = call.q.shape
-    if call.key_mask is None:
+    if call.key_mask is None or call.is_cross:
         return torch.ones(batch, length, dtype=torch.bool, device=call.q.device)
     return call.key_mask[:, -length:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,21 +9,21 @@ import torch
 from torch import nn
 
 from maclin.adopt.audit import audit
+from maclin.adopt.build import LayerChoice, built_for, check_no_statistics
 from maclin.adopt.calibrate import learned, needs_data, sampled
-from maclin.adopt.hosts import host
+from maclin.adopt.hosts import host, layers_of
 from maclin.adopt.hosts.base import AttentionLayer, Batch
 from maclin.adopt.plan import EXACT
 from maclin.adopt.plan import plan as plan_of
 from maclin.core import mechanisms as registry
-from maclin.core.errors import CapabilityError, InputError, MaclinError, OptionError
+from maclin.core.errors import InputError, MaclinError, OptionError
 from maclin.records import Config, Plan
-
-LayerChoice = str | tuple[str, Config] | nn.Module
-"""A mechanism's name, its name and configuration, or a mechanism that is ready, a calibrated one for example."""
-
 
 AUTO = "auto"
 """In place of a plan: audit, plan and convert in one."""
+
+_RECOMPUTING = ("gradient_checkpointing", "grad_checkpointing")
+"""Flags by which modules of transformers and timm say that training runs their forward twice."""
 
 
 def convert_(
@@ -47,15 +46,17 @@ def convert_(
     given: on at most 16 sequences of 2048 tokens of each layer, spread evenly, with exact attention everywhere.
 
     Args:
-        model: a transformers model, a SentenceTransformer, or a module with one transformers model inside.
+        model: a transformers model, a SentenceTransformer, or a module with one transformers model inside; a model of
+            timm, or any with ``torch.nn.MultiheadAttention`` or ``scaled_dot_product_attention`` inside.
         plan: what ``maclin.plan`` decided; or one mechanism's name for all layers; or a mapping from layer name to
             name, (name, configuration) or mechanism, for these layers only; or "auto", which audits the model on
-            ``batches`` and plans, with ``tolerance``, ``length`` and ``mechanisms`` as options.
+            ``batches`` and plans, with ``mechanisms`` and the options of ``maclin.plan`` as options.
         batches: documents to calibrate on, keyword arguments of the model's forward; not those to judge the result by.
         filter_fn: called with each attention module and its name; layers for which it says False stay exact.
         generator: of the random features; default is a fresh one seeded with 0, so that converting twice gives
             the same model.
-        batch: inputs to find the attention layers with, for models whose inputs cannot be made up.
+        batch: inputs to find the attention layers with, for models whose inputs cannot be made up; default is the
+            first of ``batches`` there.
         uncalibrated: take a plan that was made with calibrated mechanisms without data: shapes are right, and
             ``load_state_dict`` is to bring the rest.
         options: of the mechanism, where ``plan`` is a name.
@@ -68,7 +69,7 @@ def convert_(
             with calibrated mechanisms without batches.
         InputError: a plan for another model, a mapping with unknown layers, or too few tokens to calibrate on.
         CapabilityError: attention that cannot be replaced faithfully, or a mechanism that lacks what the model
-            needs; the message names the layer and the reason.
+            needs; the message names every such layer, the reason, and the filter that leaves them out.
 
     Example:
         >>> maclin.convert_(model, "window", window=32)
@@ -80,19 +81,21 @@ def convert_(
     documents = None if batches is None else list(batches)
     if isinstance(plan, str) and plan == AUTO:
         plan, options = _decided(model, documents, options), {}
-    adapter = host(model)
-    layers = [layer for layer in adapter.layers(batch) if filter_fn is None or filter_fn(layer.module, layer.name)]
+    found, _ = layers_of(model, documents or (), batch)
+    layers = [layer for layer in found if filter_fn is None or filter_fn(layer.module, layer.name)]
     choices = _choices(plan, layers, options, filter_fn is not None)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     chosen = [layer for layer in layers if layer.name in choices]
     if not chosen and not isinstance(plan, Plan):
         raise InputError("no layer is left to convert; wanted a filter_fn or mapping that keeps at least one")
-    built = {layer.name: _built(choices[layer.name], layer, generator) for layer in chosen}
+    built = built_for(chosen, choices, generator, documents is not None)
+    if any(getattr(module, name, False) for module in model.modules() for name in _RECOMPUTING):
+        check_no_statistics(built)
     if documents is not None:
         built |= _taught(model, documents, chosen, choices, built)
     elif not uncalibrated:
         _check_no_data_needed(chosen, choices, built, isinstance(plan, Plan))
-    adapter.install({layer.module: _placed(built[layer.name], layer) for layer in chosen})
+    host(model).install({layer.module: _placed(built[layer.name], layer) for layer in chosen})
     return plan if isinstance(plan, Plan) else None
 
 
@@ -110,12 +113,13 @@ def calibrated_layers(
         batches: documents to calibrate on.
         generator: of the random features; None is a fresh one seeded with 0.
     """
-    layers = list(host(model).layers())
+    documents = list(batches)
+    layers = list(layers_of(model, documents)[0])
     known = _choices(choices, layers, {}, False)
     chosen = [layer for layer in layers if layer.name in known]
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    built = {layer.name: _built(known[layer.name], layer, generator) for layer in chosen}
-    taught = built | _taught(model, list(batches), chosen, known, built)
+    built = built_for(chosen, known, generator, True)
+    taught = built | _taught(model, documents, chosen, known, built)
     return {name: taught[name] for name in choices}
 
 
@@ -182,12 +186,12 @@ def _decided(model: nn.Module, batches: list[Batch] | None, options: Config) -> 
     """The plan of "auto"."""
     if batches is None:
         raise OptionError("'auto' measures the model on its own data: pass batches=, tokenized documents")
-    known = ("tolerance", "length", "mechanisms")
+    known = ("mechanisms", "tolerance", "length", "speedup", "min_layers", "max_layers", "per_head", "costs")
     unknown = [option for option in options if option not in known]
     if unknown:
         raise OptionError(f"'auto' has no option {unknown[0]!r}; known are {', '.join(known)}")
     found = audit(model, batches, options.get("mechanisms"))
-    return plan_of(found, options.get("tolerance", 0.1), options.get("length"))
+    return plan_of(found, **{option: value for option, value in options.items() if option != "mechanisms"})
 
 
 def _taught(
@@ -234,48 +238,9 @@ def _check_no_data_needed(
             )
 
 
-def _built(choice: LayerChoice, layer: AttentionLayer, generator: torch.Generator) -> registry.Mechanism:
-    if layer.refused is not None:
-        raise CapabilityError(
-            f"layer {layer.name!r} cannot be replaced faithfully: {layer.refused}; leave it out with filter_fn, "
-            "a mapping, or a plan that keeps it exact"
-        )
-    if isinstance(choice, nn.Module):
-        mechanism = _checked(choice, layer)
-    else:
-        name, config = (choice, {}) if isinstance(choice, str) else choice
-        row = registry.row(name)
-        draw = {"generator": generator} if "generator" in inspect.signature(row.cls).parameters else {}
-        mechanism = registry.mechanism(
-            name,
-            head_dim=layer.head_dim,
-            num_heads=layer.num_heads,
-            num_kv_heads=layer.num_kv_heads,
-            **{**config, **draw},
-        )
-    if layer.is_causal and not mechanism.causal:
-        raise CapabilityError(
-            f"layer {layer.name!r} is causal, and {mechanism.name} has no causal form; wanted one of "
-            f"{[name for name in registry.names() if registry.row(name).causal]}"
-        )
-    return mechanism
-
-
 def _placed(mechanism: nn.Module, layer: AttentionLayer) -> nn.Module:
     """On the layer's device, in its dtype and mode."""
     reference = next((p for p in layer.module.parameters() if p.is_floating_point()), None)
     if reference is not None:
         mechanism.to(device=reference.device, dtype=reference.dtype)
     return mechanism.train(layer.module.training)
-
-
-def _checked(mechanism: nn.Module, layer: AttentionLayer) -> registry.Mechanism:
-    if not isinstance(mechanism, registry.Mechanism):
-        raise InputError(f"layer {layer.name!r}: wanted a mechanism, got {type(mechanism).__name__}")
-    theirs = (mechanism.head_dim, mechanism.num_heads, mechanism.num_kv_heads)
-    ours = (layer.head_dim, layer.num_heads, layer.num_kv_heads)
-    if theirs != ours:
-        raise InputError(
-            f"layer {layer.name!r}: wanted a mechanism with (head_dim, num_heads, num_kv_heads) {ours}, got {theirs}"
-        )
-    return mechanism

@@ -15,7 +15,7 @@ from maclin.adopt.candidates import relative, squares, sums
 from maclin.adopt.capture import token_mask
 from maclin.adopt.exact import actual_scale, allowed_keys, exact_attention, uniform_attention
 from maclin.adopt.feature_statistics import look
-from maclin.adopt.hosts import host
+from maclin.adopt.hosts import layers_of
 from maclin.adopt.hosts.base import AttentionCall, AttentionLayer, Batch
 from maclin.core import mechanisms as registry
 from maclin.core.errors import InputError, MaclinError
@@ -107,7 +107,7 @@ def diagnose_layers(
         CapabilityError: the model cannot be watched, or the mechanism lacks what a layer needs.
     """
     documents = list(batches)
-    chosen = _named(host(model).layers(), layers)
+    chosen = _named(layers_of(model, documents)[0], layers)
     built = {layer.name: _built(mechanism, config or {}, layer) for layer in chosen}
     learns = any(made.learns_from_data for made in built.values())
     if learns:
@@ -136,7 +136,7 @@ def _built(name: str, config: Config, layer: AttentionLayer) -> Mechanism:
 
 def _named(known: Iterable[AttentionLayer], wanted: Iterable[str] | None) -> list[AttentionLayer]:
     """Layers by name or number, in the model's order."""
-    layers = [layer for layer in known if layer.refused is None]
+    layers = [layer for layer in known if layer.unmeasured is None]
     if wanted is None:
         return layers
     names = [layer.name for layer in layers]

@@ -2,207 +2,197 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Literal
 
-from maclin.adopt.hosts.base import AttentionLayer
-from maclin.core import mechanisms as registry
-from maclin.core.errors import InputError, MaclinError, OptionError
-from maclin.files import write_whole
-from maclin.records import Alternative, Audit, Config, LayerAudit, MechanismError, Plan, PlanRow, from_json, to_json
+from maclin.adopt.costs import EXACT, Costs, Operations, measure_costs, relative_cost
+from maclin.adopt.plan_files import load_plan, save_plan
+from maclin.adopt.plan_knapsack import Choice, Solution, solve
+from maclin.adopt.plan_options import LayerOptions, layer_options
+from maclin.adopt.plan_order import Step, best_linear, frontier_order
+from maclin.adopt.plan_rows import Budget, notes, points, row
+from maclin.core.errors import InputError, OptionError
+from maclin.records import Audit, Plan
 
-EXACT = "softmax"
-"""What a layer is called that stays as it is."""
+__all__ = ["EXACT", "Step", "best_linear", "frontier_order", "load_plan", "plan", "relative_cost", "save_plan"]
 
-
-class Step(NamedTuple):
-    """One layer of the frontier: what it is converted to, and the error that was measured for it."""
-
-    layer: str
-    mechanism: str
-    config: Config
-    rel_error: float
+TOLERANCE = 0.1
+"""Of a plan that is asked for nothing else."""
 
 
-def plan(audit: Audit, tolerance: float = 0.1, length: int | None = None) -> Plan:
-    """Per layer the cheapest mechanism within the tolerance, exact attention where there is none.
+def plan(
+    audit: Audit,
+    tolerance: float | None = None,
+    length: int | None = None,
+    *,
+    speedup: float | None = None,
+    of: Literal["attention", "model"] = "attention",
+    model_ms: float | None = None,
+    min_layers: int = 0,
+    max_layers: int | None = None,
+    per_head: bool = False,
+    costs: Literal["measured", "operations"] | Costs = "measured",
+) -> Plan:
+    """Choose what each layer becomes, so that a budget is kept: a tolerance, a speed-up, a number of layers.
 
-    Candidates are the audited mechanisms that are not baselines and whose measured error on that layer is within
-    the tolerance (and, with num_features="auto", within that of their own configuration); the one with the fewest
-    multiply-adds at ``length`` tokens wins, if those are fewer than exact
-    attention's. Every row keeps all alternatives with what spoke for and against them.
+    With ``speedup`` or ``min_layers`` the plan of least error that keeps them; with ``tolerance`` alone the fastest one
+    whose layers all keep it. The error of a plan is sqrt(sum_l w_l e_l²), where e_l is the measured relative error of
+    layer l and w_l what the audit found one unit of e_l² to do to the squared relative error of the model's output
+    (``audit(..., sensitivities=True)``). So it predicts that error, to first order and for errors of the layers that
+    have nothing to do with each other; without sensitivities, w_l = 1 / layers.
+
+    Costs are latencies measured on this machine at ``length`` tokens (``adopt.measure_costs``). The best choice is
+    found exactly, as a multiple-choice knapsack; ``plan.frontier`` holds the plans that no other beats in cost and
+    error both, and every row its alternatives with what spoke for and against them.
 
     Args:
         audit: what ``maclin.audit`` measured.
-        tolerance: largest relative error of a layer's attention output, between 0 and 1.
+        tolerance: largest relative error of a layer's attention output, between 0 and 1; 0.1 where no other budget is
+            given.
         length: tokens for which costs are compared (default: the longest audited document).
+        speedup: how many times faster attention, or the model, is to become; above 1.
+        of: what ``speedup`` is of: all layers' attention, or the whole model, for which ``model_ms`` is needed.
+        model_ms: latency of the whole model as it is, on one sequence of ``length`` tokens, on this machine.
+        min_layers: layers that are to become of linear cost, at least; a layer with exact heads does not count.
+        max_layers: layers that may be changed, at most.
+        per_head: also mix mechanisms within a layer, and keep heads exact that none follows (``by_head``). The heads of
+            one key head stay together.
+        costs: "measured"; "operations", multiply-adds, the same on every machine; or what ``adopt.measure_costs``
+            returned, here or on another machine.
 
     Returns:
-        The plan; ``plan.linear_share`` is the share of layers that become linear.
+        The plan; ``print`` shows it.
 
     Raises:
-        OptionError: a tolerance outside (0, 1), or a length below 1.
-        InputError: an audit without layers.
+        OptionError: a value that cannot be, or a budget that no plan keeps; the message says what the best reaches.
+        InputError: an audit without layers, or per_head with an audit that does not say how much each head carries.
 
     Example:
-        >>> maclin.convert_(model, maclin.plan(maclin.audit(model, batches), tolerance=0.3))
+        >>> audit = maclin.audit(model, batches)
+        >>> print(maclin.plan(audit, speedup=3.0, length=4096))
+        >>> maclin.convert_(model, maclin.plan(audit, tolerance=0.3), batches=batches)
     """
-    if not 0 < tolerance < 1:
+    if tolerance is None and speedup is None and not min_layers:
+        tolerance = TOLERANCE
+    budget = Budget(tolerance, speedup, of, model_ms, min_layers, max_layers)
+    _check(audit, budget, length)
+    costs = _costs(audit, costs, length, per_head)
+    given = [layer_options(layer, costs, tolerance, per_head) for layer in audit.layers]
+    weights, predicts = _weights(audit)
+    solved = solve(
+        [_choices(options, weight) for options, weight in zip(given, weights, strict=True)], min_layers, max_layers
+    )
+    exact = sum(options.exact_cost or 0.0 for options in given)
+    chosen = _chosen(solved.found, budget, exact, costs, given)
+    rows = tuple(
+        row(options, pick, weight, costs, budget)
+        for options, pick, weight in zip(given, chosen.picks, weights, strict=True)
+    )
+    measured = costs.kind == "measured"
+    return Plan(
+        tolerance=tolerance,
+        length=costs.length,
+        rows=rows,
+        audited=audit.architecture,
+        costs=costs.kind,
+        device=costs.device,
+        speedup=speedup,
+        speedup_of=of,
+        relative_cost=chosen.cost / exact if exact else None,
+        attention_ms=chosen.cost if measured and exact else None,
+        exact_attention_ms=exact if measured and exact else None,
+        model_ms=model_ms,
+        rel_error=math.sqrt(max(chosen.error, 0.0)),
+        predicts_output=predicts,
+        frontier=points(solved.found, given, exact, measured),
+        notes=tuple(notes(given, costs, solved.exact, per_head)),
+    )
+
+
+def _check(audit: Audit, budget: Budget, length: int | None) -> None:
+    tolerance, speedup, model_ms = budget.tolerance, budget.speedup, budget.model_ms
+    if tolerance is not None and not 0 < tolerance < 1:
         raise OptionError(f"wanted a tolerance between 0 and 1 (a relative error, 0.1 is 10 %), got {tolerance}")
     if length is not None and length < 1:
         raise OptionError(f"wanted a length of at least 1 token, got {length}")
+    if speedup is not None and not (speedup > 1 and math.isfinite(speedup)):
+        raise OptionError(f"wanted a speed-up above 1 (3 is a third of the time), got {speedup}")
+    if budget.of not in ("attention", "model"):
+        raise OptionError(f"wanted a speed-up of 'attention' or of the 'model', got {budget.of!r}")
+    if budget.of == "model" and model_ms is None:
+        raise OptionError("a speed-up of the model needs model_ms, its latency as it is; or pass of='attention'")
+    if model_ms is not None and not (model_ms > 0 and math.isfinite(model_ms)):
+        raise OptionError(f"wanted model_ms as a positive number of milliseconds, got {model_ms}")
     if not audit.layers:
         raise InputError("wanted an audit of at least one layer, got none; run maclin.audit on the model first")
+    most = len(audit.layers)
+    for label, number in (("min_layers", budget.min_layers), ("max_layers", budget.max_layers)):
+        if number is not None and not 0 <= number <= most:
+            raise OptionError(f"wanted {label} from 0 to the {most} layers of the audit, got {number}")
+    if budget.max_layers is not None and budget.max_layers < budget.min_layers:
+        raise OptionError(f"wanted max_layers of at least min_layers, got {budget.max_layers} and {budget.min_layers}")
+
+
+def _costs(audit: Audit, costs: str | Costs, length: int | None, per_head: bool) -> Costs:
     tokens = max(audit.length if length is None else length, 1)
-    rows = tuple(_row(layer, tolerance, tokens) for layer in audit.layers)
-    return Plan(tolerance, tokens, rows, audit.architecture)
+    if not isinstance(costs, str):
+        if length is not None and length != costs.length:
+            raise OptionError(f"wanted costs at {length} tokens, got those at {costs.length}; measure them there")
+        return costs
+    if costs == "operations":
+        return Operations(tokens)
+    if costs == "measured":
+        return measure_costs(audit, tokens, per_head=per_head)
+    raise OptionError(f"wanted costs as 'measured', 'operations' or what measure_costs returned, got {costs!r}")
 
 
-def frontier_order(audit: Audit) -> list[Step]:
-    """Layers in the order in which to convert them, least harmful first.
-
-    Each with its most accurate mechanism of linear cost that is not a baseline, by the measured error; those with fewer
-    multiply-adds than exact attention at the longest audited document come first, since a conversion is to save.
-    ``window`` counts (its cost is linear); averaging does not. Layers that cannot be converted are left out.
-
-    Args:
-        audit: what ``maclin.audit`` measured.
-    """
-    steps = []
-    for layer in audit.layers:
-        cheaper = [e for e in layer.errors if e.rel_error is not None and _saves(e, layer, max(audit.length, 1))]
-        best = best_linear(replace(layer, errors=tuple(cheaper))) or best_linear(layer)
-        if best is not None and best.rel_error is not None:
-            steps.append(Step(layer.layer, best.mechanism, best.config, best.rel_error))
-    return sorted(steps, key=lambda step: step.rel_error)
+def _weights(audit: Audit) -> tuple[list[float], bool]:
+    """Of each layer's squared error, and whether the sum predicts that of the model's output."""
+    known = [layer.sensitivity for layer in audit.layers if layer.refused is None]
+    if known and all(value is not None for value in known):
+        return [layer.sensitivity or 0.0 for layer in audit.layers], True
+    return [1.0 / len(audit.layers)] * len(audit.layers), False
 
 
-def best_linear(layer: LayerAudit) -> MechanismError | None:
-    """The most accurate mechanism of linear cost on a layer, baselines left out; None where none was measured."""
-    measured = [e for e in layer.errors if e.rel_error is not None and _convertible(e.mechanism)]
-    return min(measured, key=lambda e: e.rel_error or 0.0, default=None)
+def _choices(options: LayerOptions, weight: float) -> list[Choice]:
+    return [Choice(o.cost, weight * o.rel_error**2, o.linear, o.changed) for o in options.options]
 
 
-def relative_cost(name: str, config: Config, layer: LayerAudit | AttentionLayer, length: int) -> float:
-    """Multiply-adds of a mechanism over those of exact attention, both on ``length`` tokens of one layer.
-
-    Args:
-        name: mechanism.
-        config: its options.
-        layer: supplies head counts and width.
-        length: tokens.
-    """
-    sizes = {"head_dim": layer.head_dim, "num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
-    ours = registry.mechanism(name, **sizes, **config).cost(length, length, layer.head_dim)
-    theirs = registry.mechanism(EXACT, **sizes).cost(length, length, layer.head_dim)
-    return ours / theirs
-
-
-def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Write a plan as JSON; folders above it are made.
-
-    Raises:
-        MaclinError: the file cannot be written; what was there before is kept.
-    """
-    try:
-        write_whole(Path(path), to_json(plan).encode())
-    except OSError as error:
-        raise MaclinError(
-            f"cannot write the plan to {path}: {error.strerror or error}; choose another place"
-        ) from error
-
-
-def load_plan(path: str | os.PathLike[str]) -> Plan:
-    """Read a plan that ``save_plan`` wrote.
-
-    Raises:
-        InputError: the file cannot be read or is not a plan; the message names the field.
-    """
-    try:
-        return from_json(Plan, Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read a plan from {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"wanted a plan that maclin.save_plan wrote, got {path}: {error}") from error
-
-
-def _saves(error: MechanismError, layer: LayerAudit, length: int) -> bool:
-    try:
-        return relative_cost(error.mechanism, error.config, layer, length) < 1.0
-    except MaclinError:
-        return False
-
-
-def _convertible(name: str) -> bool:
-    row = registry.row(name)
-    return row.linear and not row.baseline
-
-
-def _row(layer: LayerAudit, tolerance: float, length: int) -> PlanRow:
-    alternatives = tuple(sorted((_alternative(e, layer, tolerance, length) for e in layer.errors), key=_by_error))
-    best = best_linear(layer)
-    fitting = [a for a in alternatives if a.within_tolerance and not a.note and a.relative_cost is not None]
-    chosen = min(fitting, key=lambda a: a.relative_cost or 0.0, default=None)
-    if chosen is not None:
-        name, config, error = chosen.mechanism, chosen.config, chosen.rel_error
-        reason = f"cheapest within {tolerance:g}: {chosen.relative_cost:.2f} of exact attention's operations"
-        reason += "".join(f"; {e.mechanism}: {e.note}" for e in layer.errors if e.reached is False and e.note)
-    else:
-        name, config, error = EXACT, {}, 0.0
-        reason = _why_exact(layer, alternatives, best, tolerance, length)
-    return PlanRow(
-        layer=layer.layer,
-        mechanism=name,
-        config=config,
-        rel_error=error,
-        reason=reason,
-        best_linear=None if best is None else best.mechanism,
-        best_linear_config={} if best is None else best.config,
-        best_linear_rel_error=None if best is None else best.rel_error,
-        alternatives=alternatives,
-        num_heads=layer.num_heads,
-        head_dim=layer.head_dim,
+def _chosen(
+    found: Sequence[Solution], budget: Budget, exact: float, costs: Costs, given: Sequence[LayerOptions]
+) -> Solution:
+    """The plan that is wanted, of those that no other beats, ascending in cost."""
+    within = "" if budget.tolerance is None else f" within a tolerance of {budget.tolerance:g}"
+    if not found:
+        able = sum(any(o.linear for o in options.options) for options in given)
+        raise OptionError(
+            f"wanted at least {budget.min_layers} layers of linear cost, and {able} of {len(given)} can become so"
+            f"{within}; pass min_layers={able} or less, or a wider tolerance"
+        )
+    if budget.fastest:
+        return found[0]
+    if budget.speedup is None:
+        return found[-1]
+    rest = 0.0
+    if budget.of == "model":
+        if costs.kind != "measured":
+            raise OptionError("a speed-up of the model needs measured costs; pass costs='measured'")
+        assert budget.model_ms is not None
+        rest = budget.model_ms - exact
+        if rest < 0:
+            raise OptionError(
+                f"wanted the latency of the whole model at {costs.length} tokens, got {budget.model_ms:g} ms, less "
+                f"than the {exact:.3g} ms of its attention; measure it at that length on this device"
+            )
+    wanted = (exact + rest) / budget.speedup * (1 + 1e-9)
+    kept = [solution for solution in found if solution.cost + rest <= wanted]
+    if kept:
+        return kept[-1]
+    best = (exact + rest) / max(found[0].cost + rest, 1e-300)
+    raise OptionError(
+        f"no plan of these mechanisms makes the {budget.of} {budget.speedup:g} times as fast at {costs.length} tokens"
+        f"{within}; the fastest makes it {best:.2f} times as fast, at an error of {math.sqrt(found[0].error):.3g}: "
+        f"pass a speedup up to {math.floor(100 * best) / 100:g}, a larger length, a wider tolerance, or audit other "
+        "mechanisms"
     )
-
-
-def _why_exact(
-    layer: LayerAudit, alternatives: tuple[Alternative, ...], best: MechanismError | None, tolerance: float, length: int
-) -> str:
-    if layer.refused is not None:
-        return f"stays exact: {layer.refused}"
-    if best is None:
-        return "stays exact: no mechanism of linear cost could be applied"
-    if any(a.within_tolerance for a in alternatives if _convertible(a.mechanism)):
-        return f"stays exact: what is within {tolerance:g} is not cheaper than exact attention at {length} tokens"
-    if best.reached is False:
-        return f"stays exact: {best.mechanism} did not reach the tolerance of its own configuration: {best.note}"
-    unreached = [f"; {e.mechanism}: {e.note}" for e in layer.errors if e.reached is False and e.note]
-    return (
-        f"stays exact: the best of linear cost, {best.mechanism}, is at {best.rel_error:.3g}, above {tolerance:g}"
-        + "".join(unreached)
-    )
-
-
-def _alternative(error: MechanismError, layer: LayerAudit, tolerance: float, length: int) -> Alternative:
-    within = error.rel_error is not None and error.rel_error <= tolerance
-    cost: float | None = None
-    note = ""
-    try:
-        cost = relative_cost(error.mechanism, error.config, layer, length)
-    except MaclinError as refused:
-        note = str(refused)
-    if error.rel_error is None:
-        note = error.reason or note
-    elif error.reached is False:
-        within, note = False, error.note
-    elif registry.row(error.mechanism).baseline:
-        note = "a baseline, there to compare with"
-    elif cost is not None and cost >= 1.0:
-        note = f"not cheaper than exact attention at {length} tokens"
-    return Alternative(error.mechanism, error.config, error.rel_error, cost, within, note)
-
-
-def _by_error(alternative: Alternative) -> float:
-    return float("inf") if alternative.rel_error is None else alternative.rel_error

@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..training.machine import is_main_process
     from .listing import task_rows
-    from .machine import is_main_process
     from .results import load_results
     from .runs import ArenaJob, run, run_costs
     from .settings import ModelSettings, TrainSettings
@@ -35,7 +35,7 @@ _HOMES = {
     "ModelSettings": "settings",
     "TASKS": "tasks",
     "TrainSettings": "settings",
-    "is_main_process": "machine",
+    "is_main_process": ".training.machine",
     "load_results": "results",
     "run": "runs",
     "run_costs": "runs",

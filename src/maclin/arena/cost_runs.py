@@ -8,10 +8,11 @@ import torch
 
 from ..bench.specs import Spec
 from ..core.errors import OptionError
+from ..nn.model import MacformerModel
 from ..progress import Progress, Silent
 from ..records import ArenaCost
-from .costs import step_costs
-from .models import build_model, objective_of
+from .costs import random_batch, step_costs
+from .models import build_model, calibrated_, objective_of
 from .settings import Recipe
 from .task import Task
 
@@ -52,7 +53,7 @@ def measured_costs(
     costs: list[ArenaCost] = []
     for length in lengths:
         models = {
-            spec.text: (lambda spec=spec, length=length: build_model(task, spec, recipe.model, length, 0))
+            spec.text: (lambda spec=spec, length=length: _built(task, spec, recipe, length, batch_size))
             for spec in specs
         }
         costs += step_costs(
@@ -69,3 +70,11 @@ def measured_costs(
         progress.advance(f"{length:,} positions")
     progress.finish()
     return tuple(costs)
+
+
+def _built(task: Task, spec: Spec, recipe: Recipe, length: int, batch_size: int) -> MacformerModel:
+    """The model as it is trained."""
+    model = build_model(task, spec, recipe.model, length, 0)
+    if recipe.train.calibrate:
+        calibrated_(model, random_batch(task, length, batch_size))
+    return model

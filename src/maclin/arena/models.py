@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from ..bench.specs import Spec
+from ..nn.calibrate import calibrate_
 from ..nn.config import MacformerConfig
 from ..nn.encoders import MacformerClassifier, MacformerMatcher, MacformerTagger
 from ..nn.language import MacformerLM
 from ..nn.model import MacformerModel
 from ..nn.seq2seq import MacformerSeq2Seq
+from ..training.schedule import mixed_seed
 from .objective import Batch, Objective
-from .schedule import mixed_seed
 from .scores import bleu, chrf
 from .settings import ModelSettings
 from .specs import config_of
@@ -63,7 +64,16 @@ def build_model(task: Task, spec: Spec, settings: ModelSettings, length: int, se
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(seed, _WEIGHTS))
-        return _model(task)(config)
+        model = _model(task)(config)
+    _sharpened_(model, settings.qk_gain)
+    return model
+
+
+@torch.no_grad()
+def _sharpened_(model: MacformerModel, gain: float) -> None:
+    for _, attention in model.attentions():
+        assert attention.in_proj_weight is not None  # all inputs have the width of the model
+        attention.in_proj_weight[: attention.embed_dim + attention.kv_embed_dim] *= gain
 
 
 _WEIGHTS = 1  # tells the seed of the weights from that of the order of the examples
@@ -78,6 +88,19 @@ def _model(task: Task) -> type[MacformerModel]:
         "language": MacformerLM,
         "translate": MacformerSeq2Seq,
     }[task.kind]
+
+
+def calibrated_(model: MacformerModel, batch: Batch) -> None:
+    """Let the mechanisms of a model that learn from data do so, in place; those that do not stay as they are.
+
+    Args:
+        model: that was not trained yet.
+        batch: of its task; 16 sequences are enough.
+
+    Raises:
+        InputError: too few tokens to learn from.
+    """
+    calibrate_(model, [{name: tensor for name, tensor in batch.items() if name != "y"}])
 
 
 def objective_of(task: Task) -> Objective:

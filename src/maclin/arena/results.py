@@ -24,7 +24,7 @@ from ..records import (
     from_json,
     to_json,
 )
-from .checkpoint import write_result
+from ..training.checkpoint import write_result
 
 TASK_NAME, COSTS_NAME, RESULT_NAME, MODEL_NAME = "task.json", "costs.json", "result.json", "model"
 

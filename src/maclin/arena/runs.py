@@ -14,15 +14,16 @@ import torch
 from .._version import __version__
 from ..bench import environment
 from ..bench.specs import Spec
-from ..core.errors import CapabilityError, OptionError
+from ..core.errors import CapabilityError, InputError, OptionError
+from ..nn.model import MacformerModel
 from ..progress import Progress, Silent
 from ..records import ArenaRun, ArenaTask, ArenaTaskResult, Config
+from ..training.checkpoint import check_same
+from ..training.machine import accelerator_for
 from . import tasks
-from .checkpoint import check_same
 from .cost_runs import BATCH_SIZE, measured_costs
-from .machine import accelerator_for
-from .models import build_model, objective_of, test_scores
-from .objective import watched
+from .models import build_model, calibrated_, objective_of, test_scores
+from .objective import Objective, watched
 from .results import (
     COSTS_NAME,
     MODEL_NAME,
@@ -34,6 +35,7 @@ from .results import (
     read_record,
     write_record,
 )
+from .schedule import Order
 from .settings import ModelSettings, Recipe, TrainSettings, recipe
 from .specs import check_spec, config_of, folder_of, specs_of, task_label
 from .task import Splits, Task
@@ -109,7 +111,9 @@ class ArenaJob:
             wrong = [name for name in given if name not in cls.__dataclass_fields__]
             if wrong:
                 raise OptionError(f"no setting {wrong[0]!r}; known are {', '.join(cls.__dataclass_fields__)}")
-        return Recipe(replace(found.model, **self.model), replace(found.train, **self.train))
+        # how often is looked follows the number of steps
+        train = {"evaluate_every": None, **self.train} if "steps" in self.train else self.train
+        return Recipe(replace(found.model, **self.model), replace(found.train, **train))
 
     @property
     def folder(self) -> Path:
@@ -293,6 +297,8 @@ def _run_one(
     try:
         model = build_model(task, spec, found.model, splits.length, seed)
         objective = objective_of(task)
+        if found.train.calibrate:  # a training that goes on does it again, and finds the same
+            _calibrate(model, objective, splits, found.train, seed)
         name = f"{job.label}, {spec.text}, seed {seed}"
         training = Training(model, objective, splits, found.train, seed, folder, identity, name)
         done = train(training, accelerator, resume=job.resume, progress=progress, tensorboard=job.tensorboard)
@@ -326,6 +332,16 @@ def _run_one(
         raise KeyboardInterrupt
 
 
+def _calibrate(model: MacformerModel, objective: Objective, splits: Splits, train: TrainSettings, seed: int) -> None:
+    """On the batch of the first step, as much of it as is used."""
+    first = Order(len(splits.train), train.batch_size, seed).batch(0)[:_CALIBRATED_ON]
+    try:
+        calibrated_(model, objective.collate([splits.train[i] for i in first]))
+    except InputError as error:
+        raise TrainingError(f"{error}. Pass --no-calibrate to train it as it is built") from error
+
+
+_CALIBRATED_ON = 16  # sequences
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

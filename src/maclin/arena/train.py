@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from ..core.errors import MaclinError, OptionError
 from ..progress import Progress, Silent
 from ..records import ArenaLook, Config
-from .checkpoint import load_checkpoint, save_checkpoint
+from ..training.checkpoint import load_checkpoint, save_checkpoint
+from ..training.machine import placed, summed
+from ..training.schedule import mixed_seed, rate
+from ..training.stopping import StopSignals
 from .log import TrainLog
-from .machine import evaluate, placed, prepared, summed
+from .machine import evaluate, prepared
 from .objective import Objective, num_judged, num_tokens, score_of, watched
-from .schedule import Order, mixed_seed, rate
+from .schedule import Order
 from .settings import TrainSettings
 from .state import State
-from .stopping import StopSignals
 from .task import Split, Splits
 
 if TYPE_CHECKING:

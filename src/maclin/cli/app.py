@@ -13,8 +13,11 @@ import maclin
 from . import console
 from .arena import app as arena
 from .bench import app as bench
+from .convert import convert
 from .diagnose import diagnose
+from .heal import heal
 from .mechanisms import mechanisms
+from .plan import plan
 from .poc import poc
 from .roi import roi
 from .study import app as study
@@ -28,7 +31,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(poc)
+app.command()(plan)
 app.command()(diagnose)
+app.command()(convert)
+app.command()(heal)
 app.command()(roi)
 app.command()(mechanisms)
 app.add_typer(study)
@@ -78,11 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _repeat_data(arguments: list[str]) -> list[str]:
     """``--data a b c``, as a shell makes it of ``--data *.txt``, as the option once per file."""
     out: list[str] = []
-    in_data = False
+    option = ""
     for argument in arguments:
         if argument.startswith("-"):
-            in_data = argument == "--data"
-        elif in_data and out[-1] != "--data":
-            out.append("--data")
+            option = argument if argument in ("--data", "--documents") else ""
+        elif option and out[-1] != option:
+            out.append(option)
         out.append(argument)
     return out

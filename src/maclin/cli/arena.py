@@ -74,6 +74,9 @@ def run_(
     force: Annotated[bool, typer.Option("--force", help="Drop earlier runs of the same mechanisms.")] = False,
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Not softmax, mean and window as well.")] = False,
     no_costs: Annotated[bool, typer.Option("--no-costs", help="Do not measure what a step takes.")] = False,
+    no_calibrate: Annotated[
+        bool, typer.Option("--no-calibrate", help="Train mechanisms that learn from data as they are built.")
+    ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files, too.")] = False,
     as_json: _Json = False,
 ) -> None:
@@ -91,6 +94,7 @@ def run_(
         "warm_up": warm_up,
         "accumulation": accumulation,
         "precision": precision,
+        "calibrate": False if no_calibrate else None,
     }
     model = {"num_layers": layers, "width": width, "num_heads": heads, "position": position, "dropout": dropout}
     own = {

@@ -59,7 +59,7 @@ def diagnose(
     documents = (python_documents() if data is None else read_documents(data)).spread(max_documents)
     batches = loaded.tokenize(documents.texts, batch_size=4)
     found: dict[str, Any] = {}
-    for name, diagnosis in diagnose_layers(loaded.model, batches, mechanism, _options(option or []), layer):
+    for name, diagnosis in diagnose_layers(loaded.model, batches, mechanism, options_of(option or []), layer):
         found[name] = json.loads(to_json(diagnosis))
         if not as_json:
             _print(name, diagnosis)
@@ -74,7 +74,7 @@ def diagnose(
             raise MaclinError(f"cannot write to {out}: {error.strerror or error}; choose another place") from error
 
 
-def _options(pairs: list[str]) -> dict[str, Any]:
+def options_of(pairs: list[str]) -> dict[str, Any]:
     """Values as JSON where they are JSON (128, false, [1, 32]), else as text."""
     found: dict[str, Any] = {}
     for pair in pairs:

@@ -40,8 +40,17 @@ def poc(
         ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Largest relative error of a layer's attention output that the plan accepts.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            help="Largest relative error of a layer's attention output that the plan accepts; 0.1 without --speedup."
+        ),
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="Of attention, that the plan is to reach at the least error.")
+    ] = None,
+    per_head: Annotated[
+        bool, typer.Option("--per-head", help="Let the plan mix mechanisms within a layer, and keep heads exact.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("poc-report"),
     max_documents: Annotated[int, typer.Option(help="Use at most so many documents; half are held out.")] = 64,
@@ -63,6 +72,8 @@ def poc(
         data=data,
         lengths=DEFAULT_LENGTHS if lengths is None else _lengths(lengths),
         tolerance=tolerance,
+        speedup=speedup,
+        per_head=per_head,
         device=device,
         max_documents=max_documents,
         seconds_per_point=seconds_per_point,

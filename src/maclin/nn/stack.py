@@ -161,7 +161,7 @@ def _check_cross(mechanism: Mechanism) -> None:
             "a whole "
             "memory; pass cross_mechanism= as well"
         )
-    if any(isinstance(part, Mechanism) and part.name in ("window", "hybrid") for part in mechanism.modules()):
+    if mechanism.aligned:
         raise CapabilityError(
             f"{mechanism.name} has a window around each position, and positions of two sequences are not comparable; "
             "pass cross_mechanism= as well, 'macformer' for example"

@@ -45,7 +45,10 @@ class ProofOfConcept:
         model: directory that transformers or sentence-transformers can load; None is the packaged model.
         data: files or directories with documents; None are those that ship with Python.
         lengths: tokens at which the attention alone is measured; the model up to its own limit.
-        tolerance: largest relative error of a layer's attention output that the plan accepts, in (0, 1).
+        tolerance: largest relative error of a layer's attention output that the plan accepts, in (0, 1); 0.1 where
+            no speed-up is wanted.
+        speedup: of the attention that the plan is to reach, with the least error.
+        per_head: let the plan mix mechanisms within a layer.
         device: "auto", "cpu", "cuda" or "cuda:1".
         max_documents: at most so many documents are used, half of them held out; spread over all lengths.
         seconds_per_point: wall time for the latency of one thing at one length.
@@ -54,7 +57,9 @@ class ProofOfConcept:
     model: str | os.PathLike[str] | None = None
     data: Sequence[str | os.PathLike[str]] | None = None
     lengths: Sequence[int] = DEFAULT_LENGTHS
-    tolerance: float = 0.1
+    tolerance: float | None = None
+    speedup: float | None = None
+    per_head: bool = False
     device: str = "auto"
     max_documents: int = 64
     seconds_per_point: float = 0.5
@@ -62,8 +67,10 @@ class ProofOfConcept:
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
             raise OptionError(f"wanted lengths of at least 1 token, got {list(self.lengths)}")
-        if not 0 < self.tolerance < 1:
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise OptionError(f"wanted a tolerance between 0 and 1 (0.1 is 10 %), got {self.tolerance}")
+        if self.speedup is not None and not self.speedup > 1:
+            raise OptionError(f"wanted a speed-up above 1 (3 is a third of the time), got {self.speedup}")
         if self.max_documents < 2:
             raise OptionError(f"wanted at least 2 documents, one of them held out, got {self.max_documents}")
         if not self.seconds_per_point > 0:
@@ -84,7 +91,7 @@ def run(job: ProofOfConcept, progress: Progress | None = None) -> Report:
         MaclinError: input that cannot be used; one sentence says what was wanted, what was got, what to do.
     """
     steps = Steps(progress or Silent())
-    device = _device(job.device)
+    device = device_of(job.device)
     with steps.step("load model"):
         loaded = load(packaged_model() if job.model is None else job.model, device)
         info = loaded.info()
@@ -100,7 +107,8 @@ def run(job: ProofOfConcept, progress: Progress | None = None) -> Report:
             progress=lambda done: said.advance(f"{done} of {len(batches)} batches"),
             calibrating=lambda layer: said.advance(f"{layer} calibrated"),
         )
-    chosen = plan(found, job.tolerance)
+    with steps.step("plan", None):
+        chosen = plan(found, job.tolerance, speedup=job.speedup, per_head=job.per_head)
     order = frontier_order(found)
     if not order:
         refused = "; ".join(f"{row.layer}: {row.refused}" for row in found.layers if row.refused)
@@ -151,7 +159,8 @@ def run(job: ProofOfConcept, progress: Progress | None = None) -> Report:
     )
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """The device of that name, of "auto" the GPU where there is one; raises OptionError where it is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -197,6 +206,8 @@ def _attention_timings(
     layer = next(row for row in found.layers if row.refused is None)
     built = {}
     for name in registry.names():
+        if name == "by_head":
+            continue  # made of the others
         tried = [e for e in layer.errors if e.mechanism == name and e.rel_error is not None]
         best = min(tried, key=lambda error: error.rel_error or 0.0, default=None)
         mech = registry.mechanism(

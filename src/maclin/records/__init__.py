@@ -17,6 +17,7 @@ from .adoption import (
     MechanismError,
     ModelInfo,
     Plan,
+    PlanPoint,
     PlanRow,
 )
 from .arena import ArenaCost, ArenaLook, ArenaResult, ArenaRun, ArenaTask, ArenaTaskResult
@@ -24,6 +25,8 @@ from .base import SCHEMA_VERSION, Config, Environment
 from .bench import BenchResult, BenchRow, Change, Comparison, Floor, Growth, Rates
 from .choice import Choice, ChoiceRow, Diagnosis, HeadDiagnosis
 from .codec import from_json, to_json
+from .guard import GuardDrift, GuardEstimate, GuardHistogram, GuardLayer, GuardRate, GuardRates, GuardRecord
+from .heal import Drift, HealLayer, HealLook, HealResult
 from .report import Indicator, Report, RoiResult, RolloutStage, Verdict
 from .study import HeatMap, Line, LineChart, Study, StudyTable
 from .text import Cell, shown_options, text_table
@@ -50,12 +53,23 @@ __all__ = [
     "Config",
     "DataInfo",
     "Diagnosis",
+    "Drift",
     "Environment",
     "Floor",
     "FrontierPoint",
     "Growth",
+    "GuardDrift",
+    "GuardEstimate",
+    "GuardHistogram",
+    "GuardLayer",
+    "GuardRate",
+    "GuardRates",
+    "GuardRecord",
     "HeadDiagnosis",
     "HeadStatistics",
+    "HealLayer",
+    "HealLook",
+    "HealResult",
     "HeatMap",
     "Indicator",
     "LayerAudit",
@@ -64,6 +78,7 @@ __all__ = [
     "MechanismError",
     "ModelInfo",
     "Plan",
+    "PlanPoint",
     "PlanRow",
     "Rates",
     "Report",

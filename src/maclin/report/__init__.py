@@ -16,6 +16,7 @@ from .bench import (
     write_bench,
 )
 from .files import NAMES, check_out_dir, load_report, write_report
+from .heal import HEAL_NAMES, heal_study, load_heal, render_heal_html, render_heal_markdown, write_heal
 from .html import render_html
 from .lengths import read_lengths
 from .markdown import render_markdown
@@ -34,6 +35,7 @@ from .study import (
 from .verdict import RULE, decide, point_to_time
 
 __all__ = [
+    "HEAL_NAMES",
     "JOURNAL_NAME",
     "NAMES",
     "RULE",
@@ -43,8 +45,10 @@ __all__ = [
     "check_out_dir",
     "check_study_dir",
     "decide",
+    "heal_study",
     "journal_study",
     "load_bench",
+    "load_heal",
     "load_report",
     "load_study",
     "point_to_time",
@@ -52,6 +56,8 @@ __all__ = [
     "render_bench_html",
     "render_bench_markdown",
     "render_comparison",
+    "render_heal_html",
+    "render_heal_markdown",
     "render_html",
     "render_markdown",
     "render_study_html",
@@ -63,6 +69,7 @@ __all__ = [
     "roi_rows",
     "rollout_stages",
     "write_bench",
+    "write_heal",
     "write_report",
     "write_study",
 ]

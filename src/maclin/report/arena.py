@@ -1,4 +1,4 @@
-"""The tables of the arena as HTML, Markdown and JSON, on disk and back."""
+"""The tables of the arena as HTML, Markdown and JSON, and one picture of them; on disk and back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from ..records import ArenaResult, LineChart, to_json
 from .arena_charts import learning_curves
 from .arena_findings import QUESTION, findings_of
+from .arena_picture import render_arena_svg
 from .arena_tables import conditions_table, cost_tables, overview_table, score_table
 from .charts import Figure
 from .files import check_out_dir, load_record, write_texts
@@ -17,7 +18,7 @@ from .study_charts import line_figure
 from .study_text import chart_table
 from .tables import Table
 
-ARENA_NAMES = ("arena.html", "arena.md", "arena.json")
+ARENA_NAMES = ("arena.html", "arena.md", "arena.json", "arena.svg")
 """The files that ``write_arena`` makes."""
 
 
@@ -45,6 +46,7 @@ def render_arena_html(found: ArenaResult) -> str:
             found=found,
             question=QUESTION,
             findings=findings_of(found),
+            picture=render_arena_svg(found),
             tables=_tables(found),
             drawings=drawings,
             conditions=conditions_table(found),
@@ -75,20 +77,20 @@ def render_arena_markdown(found: ArenaResult) -> str:
 
 
 def write_arena(found: ArenaResult, out_dir: str | Path) -> dict[str, Path]:
-    """Write ``arena.html``, ``arena.md`` and ``arena.json`` beside the runs they are made of, replacing earlier ones.
+    """Write ``arena.html``, ``arena.md``, ``arena.json`` and ``arena.svg``, replacing earlier ones.
 
     Args:
         found: what was run.
-        out_dir: directory; made if it is not there.
+        out_dir: directory, commonly that of the runs; made if it is not there.
 
     Returns:
-        The paths by the keys ``html``, ``md`` and ``json``.
+        The paths by the keys ``html``, ``md``, ``json`` and ``svg``.
 
     Raises:
         NotADirectoryError, PermissionError: as ``check_out_dir``.
         OSError: no space left, or another failure of the disk; one sentence.
     """
-    rendered = (render_arena_html(found), render_arena_markdown(found), to_json(found))
+    rendered = (render_arena_html(found), render_arena_markdown(found), to_json(found), render_arena_svg(found))
     checked = check_out_dir(out_dir, force=True, names=ARENA_NAMES, noun="tables")
     return write_texts(dict(zip(ARENA_NAMES, rendered, strict=True)), checked, noun="tables")
 

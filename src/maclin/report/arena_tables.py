@@ -56,7 +56,7 @@ def score_table(result: ArenaTaskResult) -> Table:
     empty = (NONE,) * (len(columns) - 4)
     body.append((task.trivial_name, _trivial(result), _distance_text(_trivial_distance(result, rows)), NONE, *empty))
     notes = [_sentence(note) for note in task.notes]
-    if task.length != length:
+    if task.length != length and has_costs:
         notes.append(
             f"Trained on {task.length:,} positions; a step is measured at {length:,}, the length of the full task."
         )

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 
 from ..records import Environment, Report, RoiResult
 from . import words
+from .plan_tables import alternatives_table, plan_frontier_table, plan_table
 from .roi import roi, roi_columns, roi_rows
 from .tables import (
     Table,
-    alternatives_table,
     audit_table,
     break_even_table,
     frontier_table,
     guarded_table,
     head_tables,
     indicators_table,
-    plan_table,
     rollout_table,
     statistics_tables,
     timing_tables,
@@ -90,11 +89,14 @@ def headlines(report: Report) -> tuple[Headline, Headline, Headline]:
     """Share linear within the tolerance, cosine at the point that was judged, length from which on it pays."""
     verdict, plan = report.verdict, report.plan
     within = sum(row.mechanism != "softmax" for row in plan.rows)
-    share = Headline(
-        "Layers linear within the tolerance",
-        f"{within} of {len(plan.rows)}",
-        f"each judged alone, at a relative error of at most {plan.tolerance:g}; the verdict looks at the whole model",
-    )
+    changed = f"{within} of {len(plan.rows)}"
+    if plan.speedup is None and plan.tolerance is not None:
+        alone = f"each judged alone, at a relative error of at most {plan.tolerance:g}"
+        share = Headline(
+            "Layers linear within the tolerance", changed, f"{alone}; the verdict looks at the whole model"
+        )
+    else:
+        share = Headline("Layers changed by the plan", changed, f"{plan.budget}; the verdict looks at the whole model")
     linear = [point for point in report.frontier if point.num_linear >= 1]
     chosen = next((point for point in linear if point.num_linear == verdict.recommended_num_linear), None)
     shown = chosen or max(linear, key=lambda point: point.num_linear, default=None)
@@ -203,11 +205,10 @@ def sections(report: Report) -> tuple[Section, ...]:
         ),
         Section(
             "plan",
-            "The plan within the tolerance",
-            f"For each layer the cheapest mechanism whose error is at most {report.plan.tolerance:g}; exact where "
-            f"there is none. {words.percent(report.plan.linear_share)} of the layers become linear.",
+            *_plan_words(report),
             (),
-            (plan_table(report), alternatives_table(report)),
+            (plan_table(report), *_some(plan_frontier_table(report)), alternatives_table(report)),
+            report.plan.notes,
         ),
         Section(
             "rollout",
@@ -219,6 +220,21 @@ def sections(report: Report) -> tuple[Section, ...]:
         _roi_section(report),
         _method_section(report),
     )
+
+
+def _plan_words(report: Report) -> tuple[str, str]:
+    """Title and lead of the section on the plan."""
+    plan = report.plan
+    share = f"{words.percent(plan.linear_share)} of the layers become linear."
+    if plan.rel_error is not None:
+        share += f" {plan.summary[:1].upper()}{plan.summary[1:]}."
+    if plan.speedup is None and plan.tolerance is not None:
+        return (
+            "The plan within the tolerance",
+            f"For each layer the cheapest mechanism whose error is at most {plan.tolerance:g}; exact where there is "
+            f"none. {share}",
+        )
+    return f"The plan {plan.budget}", f"The choice for all layers together that has the least error. {share}"
 
 
 def _frontier_caption(report: Report) -> str:

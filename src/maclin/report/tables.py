@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..records import Audit, LayerAudit, MechanismError, Report, Timing
+from ..records import Audit, Config, LayerAudit, MechanismError, Report, Timing
 from . import curves, words
 
 NONE = "-"
@@ -35,7 +35,7 @@ def frontier_table(report: Report) -> Table:
             ratio = words.figure(point.latency_ms / base.latency_ms, 2)
         added = "none: the original"
         if point.linear_layers:
-            config = _config(point.configs[-1]) if point.configs else ""
+            config = shown_config(point.configs[-1]) if point.configs else ""
             added = f"{point.linear_layers[-1]}: {point.mechanisms[-1]}{config}"
         recommended = " (recommended)" if point.num_linear == report.verdict.recommended_num_linear >= 1 else ""
         rows.append(
@@ -191,44 +191,6 @@ def guarded_table(audit: Audit) -> Table | None:
     return Table("Denominators guarded or negative", columns, rows, (), 2, collapsed=True) if rows else None
 
 
-def plan_table(report: Report) -> Table:
-    """What becomes of each layer within the tolerance, and the best linear choice whether taken or not."""
-    rows = []
-    for row in report.plan.rows:
-        best = NONE if row.best_linear is None else f"{row.best_linear}{_config(row.best_linear_config)}"
-        rows.append(
-            (
-                row.layer,
-                "softmax (stays exact)" if row.mechanism == "softmax" else f"{row.mechanism}{_config(row.config)}",
-                best,
-                row.reason,
-                NONE if row.rel_error is None else words.figure(row.rel_error),
-                NONE if row.best_linear_rel_error is None else words.figure(row.best_linear_rel_error),
-            )
-        )
-    columns = ("Layer", "Becomes", "Best of linear cost", "Reason", "Error", "Error of the best linear")
-    title = f"Plan at a tolerance of {report.plan.tolerance:g}"
-    return Table(title, columns, tuple(rows), (), 4)
-
-
-def alternatives_table(report: Report) -> Table:
-    """Every candidate of every plan row, with what speaks for and against it."""
-    rows = tuple(
-        (
-            row.layer,
-            f"{option.mechanism}{_config(option.config)}",
-            "yes" if option.within_tolerance else "no",
-            option.note,
-            NONE if option.rel_error is None else words.figure(option.rel_error),
-            NONE if option.relative_cost is None else words.figure(option.relative_cost),
-        )
-        for row in report.plan.rows
-        for option in row.alternatives
-    )
-    columns = ("Layer", "Candidate", "Within tolerance", "Note", "Error", "Cost over exact")
-    return Table("Every candidate of every layer", columns, rows, (), 4, collapsed=True)
-
-
 def rollout_table(report: Report) -> Table:
     """The stages: what runs, how much traffic, when to go on, when to go back."""
     rows = tuple(
@@ -268,7 +230,7 @@ def label(error: MechanismError) -> str:
 
     ``linformer (proj_len=64)``.
     """
-    return f"{error.mechanism}{_config(error.config if error.asked is None else error.asked)}"
+    return f"{error.mechanism}{shown_config(error.config if error.asked is None else error.asked)}"
 
 
 def errors_by_key(layer: LayerAudit, names: dict[str, str]) -> dict[str, MechanismError]:
@@ -281,12 +243,20 @@ def _key(error: MechanismError, names: dict[str, str]) -> str:
     return full if full in names else error.mechanism
 
 
-def _config(config: dict[str, object]) -> str:
+def shown_config(config: Config) -> str:
     """Options in brackets; features per degree as ``counts=1+32+66``, which also says how many there are."""
+    groups = config.get("heads")
+    if isinstance(groups, list) and all(isinstance(group, dict) for group in groups):  # a mechanism per head
+        parts = [
+            f"{words.plural(len(g['heads']), 'head')} {g['mechanism']}{shown_config(g['options'])}" for g in groups
+        ]
+        return f" ({', '.join(parts)})"
     shown = []
     for name, value in config.items():
         if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
             shown.append(f"{name}={'+'.join(map(str, value))}")
+        elif isinstance(value, dict):
+            shown.append(f"{name}=...")
         elif not (name == "num_features" and config.get("counts") is not None):
             shown.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
     return f" ({', '.join(shown)})" if shown else ""

@@ -105,8 +105,10 @@ def decide(
     """
     within = sum(row.mechanism != "softmax" for row in plan.rows)
     tail = (
-        f" Judged layer by layer, within the tolerance of {plan.tolerance:g} on the attention output, "
+        f" Judged layer by layer, {plan.budget} on the attention output, "
         f"{within} of {words.plural(len(plan.rows), 'layer')} can become linear."
+        if plan.speedup is None
+        else f" The plan {plan.budget} changes {within} of {words.plural(len(plan.rows), 'layer')}."
     )
     for point in _candidates(frontier, timings):
         speed = speed_of(point, frontier, timings)

@@ -154,7 +154,7 @@ def test_unknown_names_and_options_are_refused(tmp_path: Path) -> None:
         task("csv")
     assert options("image") == {"size": None}
     assert options("csv")["data"] is inspect.Parameter.empty
-    for wrong in ({"name": "text", "data": "imbd"}, {"name": "audio", "length": 0}, {"name": "image", "size": 8}):
+    for wrong in ({"name": "text", "data": "imbd"}, {"name": "audio", "length": 0}, {"name": "image", "size": 9}):
         with pytest.raises(OptionError, match="wanted"):
             task(**wrong)
     with pytest.raises(OptionError, match="no official data"):

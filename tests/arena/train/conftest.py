@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from maclin.arena.machine import accelerator_for
 from maclin.arena.objective import Batch, Objective
 from maclin.arena.settings import TrainSettings
 from maclin.arena.task import Example, Field, Preset, Splits, Task
 from maclin.arena.train import Training
 from maclin.progress import Progress
+from maclin.training.machine import accelerator_for
 
 torch.set_num_threads(1)
 

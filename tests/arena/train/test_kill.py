@@ -23,7 +23,7 @@ spec = importlib.util.spec_from_file_location("parts", sys.argv[1])
 parts = importlib.util.module_from_spec(spec)
 sys.modules["parts"] = parts
 spec.loader.exec_module(parts)
-from maclin.arena.machine import accelerator_for
+from maclin.training.machine import accelerator_for
 from maclin.arena.objective import Objective
 from maclin.arena.settings import TrainSettings
 from maclin.arena.train import Training, train

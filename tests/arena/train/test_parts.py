@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maclin.arena.checkpoint import load_checkpoint, save_checkpoint, write_result
 from maclin.arena.costs import UNFUSED, random_batch, step_costs
 from maclin.arena.models import build_model, objective_of, test_scores, translated
 from maclin.arena.objective import Objective, num_judged, num_tokens, targets
-from maclin.arena.schedule import SCHEDULES, Order, Schedule, mixed_seed, rate
+from maclin.arena.schedule import Order
 from maclin.arena.settings import ModelSettings, TrainSettings, recipe
 from maclin.arena.specs import folder_of, specs_of, task_label
 from maclin.arena.task import NOT_JUDGED, Example, Field, Kind, Preset, Splits, Task, collate
@@ -27,6 +26,8 @@ from maclin.bench.specs import parse_spec
 from maclin.core.errors import CapabilityError, OptionError
 from maclin.nn import MacformerSeq2Seq
 from maclin.progress import Progress
+from maclin.training.checkpoint import load_checkpoint, save_checkpoint, write_result
+from maclin.training.schedule import SCHEDULES, Schedule, mixed_seed, rate
 
 test_scores.__test__ = False  # type: ignore[attr-defined]  # no test, despite its name
 SMALL = ModelSettings(num_layers=1, width=8, feedforward=8, num_heads=2, dropout=0.0)

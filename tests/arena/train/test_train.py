@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from maclin.arena import train as train_module
-from maclin.arena.machine import accelerator_for
 from maclin.arena.objective import Batch
 from maclin.arena.train import LAST_NAME, Trained, Training, TrainingError, train
 from maclin.core.errors import InputError, OptionError
+from maclin.training.machine import accelerator_for
 
 Make = Callable[..., Training]
 

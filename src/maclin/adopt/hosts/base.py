@@ -27,6 +27,7 @@ class AttentionLayer:
         head_dim: width of q and k per head.
         value_dim: width of v per head.
         is_causal: whether a token sees only itself and what is before it.
+        is_cross: whether keys and values come from another sequence than the queries.
         calls: how often one forward pass calls the module; above 1 where layers share their weights.
         refused: why it cannot be replaced faithfully; None where it can.
     """
@@ -40,6 +41,14 @@ class AttentionLayer:
     is_causal: bool
     calls: int = 1
     refused: str | None = None
+    is_cross: bool = False
+
+    @property
+    def unmeasured(self) -> str | None:
+        """Why errors are not measured on this layer: what speaks against replacing it, or against measuring it."""
+        if self.refused is None and self.is_cross:
+            return "it is cross-attention, on which errors are not measured; convert it by name with a mapping"
+        return self.refused
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class AttentionCall:
     Shape:
         q (B, H, N, D), k (B, Hk, S, D), v (B, Hk, S, Dv), key_mask (B, S) bool with True = attend, or None
         where every key may be attended to. ``scale`` is None where the host uses 1/sqrt(D), so that every
-        mechanism applies the scale of its own formula.
+        mechanism applies the scale of its own formula. ``is_cross``: keys come from another sequence.
     """
 
     layer: str
@@ -59,6 +68,7 @@ class AttentionCall:
     key_mask: Tensor | None
     is_causal: bool
     scale: float | None
+    is_cross: bool = False
 
 
 class Host(Protocol):
@@ -73,6 +83,11 @@ class Host(Protocol):
 
     def layers(self, batch: Batch | None = None) -> tuple[AttentionLayer, ...]:
         """The attention layers, found by one forward pass on ``batch`` or on example inputs of the host's making."""
+        ...
+
+    @property
+    def has_example(self) -> bool:
+        """Whether ``layers`` can make up example inputs for this kind of model."""
         ...
 
     def observe(self, batch: Batch, names: Mapping[nn.Module, str], callback: Callable[[AttentionCall], None]) -> None:

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from maclin.adopt.hosts.base import MECHANISM, AttentionCall
+from maclin.adopt.hosts.cache import layer_of, new_keys
 from maclin.core.errors import CapabilityError, InputError
 
 NAME = "maclin"
@@ -196,7 +197,7 @@ def attend(
     Raises:
         CapabilityError: the call cannot be answered faithfully; the message says why and what to do.
     """
-    mechanism = module._modules.get(MECHANISM)
+    mechanism: Any = module._modules.get(MECHANISM)
     if mechanism is None or (dropout > 0 and module.training and mechanism.name == "softmax"):
         return exact(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
     if dropout > 0 and module.training:
@@ -205,8 +206,14 @@ def attend(
             f"with an attention dropout of {dropout}; set the attention dropout to 0 (in BERT: "
             "attention_probs_dropout_prob=0), or call model.eval()"
         )
+    cached = layer_of(key)
+    if cached is not None:
+        attention_mask = new_keys(attention_mask, key)
     call = as_call(module, _called(module), query, key, value, attention_mask, scaling, is_causal, kwargs)
-    out = mechanism(call.q, call.k, call.v, key_mask=call.key_mask, is_causal=call.is_causal, scale=call.scale)
+    if cached is not None:
+        out = cached.attend(mechanism, call)
+    else:
+        out = mechanism(call.q, call.k, call.v, key_mask=call.key_mask, is_causal=call.is_causal, scale=call.scale)
     return out.transpose(1, 2).contiguous(), None
 
 

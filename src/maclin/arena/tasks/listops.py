@@ -53,7 +53,7 @@ class ListOps(Task):
         self.field = Field("tokens", vocab_size=len(TOKENS))
         self.num_classes = 10
         self.presets = {
-            "quick": Preset(length=200, train=20_000, valid=1_000, test=2_000),
+            "quick": Preset(length=24, train=40_000, valid=1_000, test=2_000),
             "standard": Preset(length=2_000, train=32_000, valid=2_000, test=2_000),
             "paper": Preset(length=2_000, train=96_000, valid=2_000, test=2_000),
         }

@@ -52,7 +52,7 @@ class Text(Task):
         self.field = Field("tokens", vocab_size=BYTES)
         self.num_classes = classes[data]
         self.presets = {
-            "quick": Preset(length=512, train=None, valid=1_000, test=2_000),
+            "quick": Preset(length=128, train=None, valid=1_000, test=2_000),
             "standard": Preset(length=4_000, train=None, valid=1_000, test=None),
             "paper": Preset(length=4_000, train=None, valid=1_000, test=None),
         }

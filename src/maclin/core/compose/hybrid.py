@@ -192,7 +192,8 @@ class Hybrid(Mechanism):
         # with each new token the oldest of the recent ones leaves them for the sums
         leaving, offset = tokens.cut(0, new), new - q.shape[2]
         sums = _absorbed(leaving.cut(0, offset), features, sums)
-        kept = (*tokens.cut(new, total), *(() if sinks is None else sinks.state))
+        # copies: a view would keep all the tokens of this call
+        kept = (*(x.clone() for x in tokens.cut(new, total)), *(() if sinks is None else sinks.state))
         if sinks is not None:
             sinks = sinks._replace(position=sinks.position - offset)  # of query 0
         maps = features.fast
@@ -268,7 +269,7 @@ class Hybrid(Mechanism):
 
 def _checked(linear: Mechanism) -> FeatureMechanism:
     """A mechanism whose features have the scale of the window's exponentials."""
-    if isinstance(linear, FeatureMechanism) and linear.exponent(linear._scale(None)) is not None:
+    if isinstance(linear, FeatureMechanism) and linear.exponent(1.0) is not None:
         return linear
     raise OptionError(
         f"hybrid: linear is {linear.name!r} ({linear.extra_repr()}), whose features do not estimate exp(scale q k), so "

@@ -86,14 +86,15 @@ class Window(Mechanism):
         return state
 
     def _tail(self, k: Tensor, v: Tensor, mask: Tensor) -> State:
-        """The last ``window`` keys, values and mask; shorter pasts are filled with masked zeros in front."""
-        missing = max(self.window - k.shape[2], 0)
+        """The last ``window`` keys, values and mask; shorter pasts are filled with masked zeros in front.
+
+        Copies: a view would keep all the tokens of a call.
+        """
+        missing, first = max(self.window - k.shape[2], 0), max(k.shape[2] - self.window, 0)
+        if not missing:
+            return k[:, :, first:].clone(), v[:, :, first:].clone(), mask[:, first:].clone()
         pad = torch.nn.functional.pad
-        return (
-            pad(k[:, :, max(k.shape[2] - self.window, 0) :], (0, 0, missing, 0)),
-            pad(v[:, :, max(v.shape[2] - self.window, 0) :], (0, 0, missing, 0)),
-            pad(mask[:, max(mask.shape[1] - self.window, 0) :], (missing, 0)),
-        )
+        return pad(k, (0, 0, missing, 0)), pad(v, (0, 0, missing, 0)), pad(mask, (missing, 0))
 
     def _banded(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..core.errors import InputError, OptionError
-from ..files import NO_SPACE, restated, write_whole
+from ..files import NO_SPACE, restated, write_whole, written_whole
 from ..records import Config
 
 
@@ -71,7 +71,7 @@ def load_checkpoint(path: Path, identity: Config) -> dict[str, Any]:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"wanted a checkpoint of the arena in {path}, got a file that cannot be read ({type(error).__name__}); "
+            f"wanted a checkpoint in {path}, got a file that cannot be read ({type(error).__name__}); "
             "pass --force to begin again"
         ) from error
     check_same(theirs, identity, path)
@@ -94,3 +94,41 @@ def check_same(theirs: Config, ours: Config, path: Path) -> None:
             f"{path} belongs to a run with other settings ({differences}); pass the same ones, choose another --out, "
             "or pass --force to begin again"
         )
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write tensors straight to the disk, without a copy in memory; whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: tensors, numbers, strings, and dicts and lists of them.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as (beside,), beside.open("xb") as file:
+            torch.save(dict(tensors), file)
+    except OSError as error:
+        reason = "no space left" if error.errno in NO_SPACE else error.strerror or str(error)
+        raise restated(
+            error, f"{path} could not be written ({reason}); free some space, or choose another --out"
+        ) from (error)
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """What ``save_tensors`` wrote, read from the disk where it is used.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: the file is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"wanted tensors in {path}, got a file that cannot be read ({type(error).__name__})"
+        ) from error
