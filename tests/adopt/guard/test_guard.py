@@ -425,6 +425,13 @@ def test_a_layer_that_stays_wrong_is_held_until_it_is_released() -> None:
         out = model(*good)
         torch.testing.assert_close(out.double(), reference.softmax_attention(*good), atol=1e-5, rtol=1e-4)
         assert (len(calls), only(watching).not_checked["held"]) == (4, 2)
+        asked = {"is_causal": True, "return_state": True}  # as decoders ask that may go on
+        out, state = inner(*good, **asked)
+        wanted = reference.softmax_attention(*good, is_causal=True)
+        torch.testing.assert_close(out.double(), wanted, atol=1e-5, rtol=1e-4)
+        for ours, theirs in zip(state, Mechanism.forward(inner, *good, **asked)[1], strict=True):
+            assert torch.equal(ours, theirs)
+        calls.pop()
         watching.release("")
         model(*good)
         assert (len(calls), only(watching).held_exact) == (5, False)

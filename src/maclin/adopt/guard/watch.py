@@ -149,9 +149,12 @@ class Watch:
         if q.dim() != 4 or k.dim() != 4:
             return self._own(q, k, v, options)  # it says what was wanted
         skipped = self._cannot(q, k, options)
-        stateless = options.get("state") is None and not options.get("return_state")
-        if self.held and stateless and skipped in (None, "decoding"):
-            return self._answered(q, k, v, options)
+        if self.held and options.get("state") is None and skipped in (None, "decoding"):
+            exact = self._answered(q, k, v, options)
+            if not options.get("return_state"):
+                return exact
+            # what comes next continues from the mechanism's own state: there is no other of constant size
+            return exact, self._own(q, k, v, options)[1]
         out = self._own(q, k, v, options)
         if skipped is not None:
             with self.owner.lock:
@@ -261,7 +264,7 @@ class Watch:
         return self._exact(q, k, v, **kept)
 
     def _answered(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        """A layer that is held exact: the mechanism does not run at all."""
+        """A layer that is held exact: the mechanism runs for its state only, if at all."""
         clock = Clock(q.device)
         out = self._attend(q, k, v, options)
         self.owner.budget.spent(0.0, clock.seconds(), False)
