@@ -425,7 +425,7 @@ def test_a_layer_that_stays_wrong_is_held_until_it_is_released() -> None:
         out = model(*good)
         torch.testing.assert_close(out.double(), reference.softmax_attention(*good), atol=1e-5, rtol=1e-4)
         assert (len(calls), only(watching).not_checked["held"]) == (4, 2)
-        asked = {"is_causal": True, "return_state": True}  # as decoders ask that may go on
+        asked: dict[str, Any] = {"is_causal": True, "return_state": True}  # as decoders ask that may go on
         out, state = inner(*good, **asked)
         wanted = reference.softmax_attention(*good, is_causal=True)
         torch.testing.assert_close(out.double(), wanted, atol=1e-5, rtol=1e-4)
