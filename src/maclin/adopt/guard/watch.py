@@ -154,7 +154,8 @@ class Watch:
             if not options.get("return_state"):
                 return exact
             # what comes next continues from the mechanism's own state: there is no other of constant size
-            return exact, self._own(q, k, v, options)[1]
+            own = self._own(q, k, v, options)
+            return (exact, own[1]) if isinstance(own, tuple) else exact
         out = self._own(q, k, v, options)
         if skipped is not None:
             with self.owner.lock:
