@@ -45,6 +45,8 @@ OPTIONS = [
     "--option",
     "window=2",
     "--option",
+    "linear=hedgehog",
+    "--option",
     'linear_options={"num_features": 8}',
     "--steps",
     "2",
