@@ -16,6 +16,13 @@ def wide(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
 
 
+def whole_mask(k: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The mask (B, S) of keys (B, Hk, S, D); all of them where there is none."""
+    if key_mask is not None:
+        return key_mask
+    return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+
+
 def per_key_head(x: Tensor, weight: Tensor) -> Tensor:
     """x (B, H, n, P) times weight (..., Hk, P, R): each query head uses the weight of its key head.
 

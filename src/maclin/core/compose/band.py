@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..algebra import per_key_head, top_of, wide
+from ..algebra import per_key_head, top_of, whole_mask, wide
 from ..contract import Features, Reading, Sums, linear_reading
 from ..mechanisms.base import Exponent
 from ..sinks import Sinks, sinks_seen
@@ -27,9 +27,7 @@ class Tokens(NamedTuple):
     @classmethod
     def of(cls, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tokens:
         """All keys, where there is no mask."""
-        if key_mask is None:
-            key_mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-        return cls(k, v, key_mask)
+        return cls(k, v, whole_mask(k, key_mask))
 
     def cut(self, start: int, stop: int) -> Tokens:
         """Those from start to stop; where there are none, masked zeros."""
@@ -59,22 +57,22 @@ def near_reading(q: Tensor, tokens: Tokens, back: int, ahead: int, exponent: Exp
     rows = torch.arange(q.shape[2], device=q.device)[:, None]
     columns = torch.arange(k.shape[2], device=q.device)[None]
     allowed = (columns >= rows) & (columns <= rows + back + ahead) & tokens.mask[:, None, None]
-    logits = per_key_head(exponent.query(wide(q)), k.mT).masked_fill(~allowed, -torch.inf)
-    top = top_of(logits, -1)
-    weights = (logits - top[..., None]).exp()
-    total = weights.sum(-1)
-    return Reading(per_key_head(weights, v), total, total, top)
+    return _exact_reading(q, k, v, allowed, exponent)
 
 
 def sink_reading(q: Tensor, sinks: Sinks, first: int | None, exponent: Exponent) -> Reading:
     """What queries (B, H, n, D) read of the sinks; causal, the first query stands at position ``first``."""
     rows = None if first is None else torch.arange(first, first + q.shape[2], device=q.device)
-    allowed = sinks_seen(sinks, rows)
-    logits = per_key_head(exponent.query(wide(q)), exponent.key(wide(sinks.k)).mT).masked_fill(~allowed, -torch.inf)
+    return _exact_reading(q, exponent.key(wide(sinks.k)), wide(sinks.v), sinks_seen(sinks, rows), exponent)
+
+
+def _exact_reading(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, exponent: Exponent) -> Reading:
+    """exp of the logits of q with keys that the exponent has mapped already."""
+    logits = per_key_head(exponent.query(wide(q)), k.mT).masked_fill(~allowed, -torch.inf)
     top = top_of(logits, -1)
     weights = (logits - top[..., None]).exp()
     total = weights.sum(-1)
-    return Reading(per_key_head(weights, wide(sinks.v)), total, total, top)
+    return Reading(per_key_head(weights, v), total, total, top)
 
 
 def banded_reading(

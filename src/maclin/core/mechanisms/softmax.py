@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..algebra import whole_mask
 from ..blocks import OutBlocks
 from ..errors import InputError, OptionError
 from ..fused import fused_attention
@@ -47,7 +48,7 @@ class Softmax(Mechanism):
     def _causal(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, state: State | None
     ) -> tuple[Tensor, State]:
-        mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
+        mask = whole_mask(k, key_mask)
         if state is not None:
             k, v, mask = _append(self.name, state, k, v, mask)
         new_state = (k, v, mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..algebra import whole_mask
 from ..blocks import OutBlocks
 from ..errors import InputError, OptionError
 from ..fused import fused_attention
@@ -51,13 +52,13 @@ class Window(Mechanism):
     def _bidirectional(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
         sinks = None
         if self.sinks:
-            sinks, key_mask = sinks_of(k, v, _whole(k, key_mask), self.sinks)
+            sinks, key_mask = sinks_of(k, v, whole_mask(k, key_mask), self.sinks)
         return self._banded(q, k, v, key_mask, scale, self.window, sinks, False)
 
     def _causal(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, state: State | None
     ) -> tuple[Tensor, State]:
-        mask, sinks, lag = _whole(k, key_mask), None, 0
+        mask, sinks, lag = whole_mask(k, key_mask), None, 0
         past = None if state is None else self._known(state, k, v)
         if self.sinks:
             sinks, mask = sinks_of(k, v, mask, self.sinks, None if past is None else past[3:])
@@ -136,9 +137,3 @@ class Window(Mechanism):
         """N x min(S, keys of a block and sinks) x (D + Dv)."""
         block = max(2 * self.window, 64)
         return num_queries * min(num_keys, block + 2 * self.window + self.sinks) * (self.head_dim + value_dim)
-
-
-def _whole(k: Tensor, key_mask: Tensor | None) -> Tensor:
-    if key_mask is not None:
-        return key_mask
-    return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
