@@ -18,7 +18,6 @@ Choice = tuple[str, dict[str, Any]]
 
 HYBRID_64: Choice = ("hybrid", {"window": 64})
 HYBRID_128: Choice = ("hybrid", {"window": 128, "sinks": 4})
-WINDOW_128: Choice = ("window", {"window": 128, "sinks": 4})
 CLUSTERS: Choice = ("revisited_linformer", {})
 CALIBRATED_ON = 8
 """Batches of learned documents that Maclaurin features are chosen on."""
@@ -26,7 +25,7 @@ CALIBRATED_ON = 8
 # recipes but for minutes are those that maclin.heal starts from, except where one is given
 MINILM_ALL = Healing(minutes=15, batches=192, held_out=12)
 MINILM_AUTO = Healing(minutes=5, batches=96, held_out=12)
-SMOLLM = Healing(minutes=30, batches=160, held_out=6, recipe={"lr": 2e-4, "transfer_share": 0.35})
+SMOLLM = Healing(minutes=12, batches=96, held_out=6, recipe={"transfer_share": 0.35})
 WHISPER = Healing(minutes=8, batches=48, held_out=4, recipe={"lr": 1e-4})
 VIT = Healing(minutes=10, batches=48, held_out=4, recipe={"lr": 1e-4})
 
@@ -79,7 +78,7 @@ def minilm_all(job: Job) -> Outcome:
 def minilm_auto(job: Job) -> Outcome:
     """MiniLM with what a plan chooses, at least three layers of linear cost."""
     subject = minilm_subject(job.few(300, 40), 0, job.progress)
-    decided, choices = planned(subject, [HYBRID_64, CLUSTERS], LAYERS_AUTO, job.few(8, 2))
+    decided, choices = planned(job, subject, [HYBRID_64, CLUSTERS], LAYERS_AUTO, job.few(8, 2))
     figures = _through(job, "minilm-auto", subject, choices, MINILM_AUTO)
     figures["predicted_rel_error"] = decided.rel_error
     after = figures["healed"]
@@ -98,27 +97,30 @@ def minilm_auto(job: Job) -> Outcome:
 
 
 def planned(
-    subject: Subject, candidates: list[Choice], min_layers: int, batches: int
+    job: Job, subject: Subject, candidates: list[Choice], min_layers: int, batches: int
 ) -> tuple[maclin.Plan, dict[str, Choice]]:
-    """The plan of least error with so many layers of linear cost, on learned documents; what each layer becomes by it.
+    """The plan of least change of the output with so many layers of linear cost; what each layer becomes by it.
+
+    Each candidate is tried in each layer alone, on learned documents.
 
     Args:
+        job: is told what goes on.
         subject: the model.
         candidates: what layers may become.
         min_layers: how many.
         batches: of learned documents.
     """
-    found = audit(subject.root, subject.learned(batches), candidates, sensitivities=True)
+    found = audit(subject.root, subject.learned(batches), candidates, sensitivities="each", weighing=job.say)
     decided = maclin.plan(found, length=subject.length, min_layers=min_layers, costs="operations")
     choices = {row.layer: (row.mechanism, row.config) for row in decided.rows if row.mechanism != "softmax"}
     return decided, choices
 
 
 def smollm(job: Job) -> Outcome:
-    """SmolLM2 with half of its layers hybrid, or a window with sinks."""
+    """SmolLM2 with half of its layers hybrid."""
     subject = smollm_subject(job.few(6, 1), progress=job.progress)
     total = len(_layers(subject))
-    decided, choices = planned(subject, [WINDOW_128, HYBRID_128], -(-total // 2), job.few(3, 1))
+    decided, choices = planned(job, subject, [HYBRID_128], -(-total // 2), job.few(6, 3))
     figures = _through(job, "smollm", subject, choices, SMOLLM)
     figures["predicted_rel_error"] = decided.rel_error
     after = figures["healed"]
@@ -163,7 +165,7 @@ def vit(job: Job) -> Outcome:
     """The ViT with half of its layers clustered, and its forward time beside the original's."""
     subject = vit_subject(job.few(15, 3), job.progress)
     total = len(_layers(subject))
-    decided, choices = planned(subject, [CLUSTERS], -(-total // 2), job.few(3, 1))
+    decided, choices = planned(job, subject, [CLUSTERS], -(-total // 2), job.few(3, 1))
     figures = _through(job, "vit", subject, choices, VIT)
     figures["predicted_rel_error"] = decided.rel_error
     after = figures["healed"]

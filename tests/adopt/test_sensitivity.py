@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import maclin
 from maclin.adopt import audit, convert_, restore_
 from maclin.adopt.hosts import host
 from maclin.adopt.sensitivity import TOKENS, first_documents, output_changes
@@ -97,3 +98,47 @@ def test_an_output_that_cannot_be_compared_is_told(tiny: Any, monkeypatch: pytes
     found = audit(model, [batch], mechanisms=["elu"])
     assert found.layers[0].sensitivity is None
     assert "a plan weighs all alike: BertModel returns no tensor" in found.warnings[-1]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_each_mechanism_is_tried_in_each_layer_alone(tiny: Any, name: str) -> None:
+    model, batch = tiny.make(name), tiny.batch((11, 5, 8))
+    weighed: list[str] = []
+    found = audit(
+        model, [batch], mechanisms=["elu", "linformer", "mean"], sensitivities="each", weighing=weighed.append
+    )
+    assert weighed == [row.layer for _ in range(3) for row in found.layers]
+    for row in found.layers:
+        for error in row.errors:
+            if error.rel_error is None:  # linformer has no causal form
+                assert error.output_change is None
+                continue
+            before = tiny.hidden(model, batch)
+            other = copy.deepcopy(model)
+            convert_(other, {row.layer: (error.mechanism, error.config)})
+            wanted = float((tiny.hidden(other, batch) - before).square().sum() / before.square().sum())
+            assert error.output_change == pytest.approx(wanted, rel=1e-3)
+    least = maclin.plan(found, min_layers=1, costs="operations")
+    best = min(e.output_change for row in found.layers for e in row.errors if e.output_change and e.mechanism != "mean")
+    assert least.rel_error == pytest.approx(math.sqrt(best))
+
+
+def test_logits_are_compared_as_probabilities(tiny: Any) -> None:
+    from transformers import LlamaForCausalLM
+
+    batch = tiny.batch((11,))
+    decoder = tiny.make("llama")
+    model = LlamaForCausalLM(decoder.config).eval()
+    model.model = decoder
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    found = audit(model, [batch], mechanisms=["elu"], sensitivities="each")
+    exact = model(**batch)["logits"].detach().log_softmax(-1)
+    for row in found.layers:
+        other = copy.deepcopy(model)
+        convert_(other, {row.layer: "elu"})
+        changed_to = other(**batch)["logits"].detach().log_softmax(-1)
+        (error,) = row.errors
+        hellinger = (1 - (exact / 2 + changed_to / 2).exp().sum(-1)).mean()
+        assert error.output_change == pytest.approx(2 * float(hellinger), rel=1e-3)
+        divergence = float((exact.exp() * (exact - changed_to)).sum(-1).mean())
+        assert 0.3 < (error.output_change or 0.0) / divergence < 0.7

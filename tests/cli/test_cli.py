@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_version(run_cli: Cli) -> None:
     assert run_cli("--version") == (0, f"maclin {maclin.__version__}\n", "")
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "maclin", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, f"maclin {maclin.__version__}")
 
 
 def test_without_arguments_the_help_is_shown(run_cli: Cli) -> None:

@@ -77,6 +77,21 @@ def test_the_plan_is_written_and_shown(
     assert (load_plan(out).attention_speedup or 0) >= 20
 
 
+def test_mechanisms_are_tried_in_each_layer(
+    given: tuple[Path, Path], run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maclin.poc.planning.plan_candidates", lambda *_: [("window", {"window": 4}), ("elu", {})])
+    out, seen = tmp_path / "plan.json", tmp_path / "audit.json"
+    options = ["--try-each", "--min-layers", "1", "--costs", "operations", "--out", str(out), "--audit", str(seen)]
+    code, _, err = run_cli("plan", str(given[0]), "--data", str(given[1]), *options)
+    assert code == 0, err
+    changes = [e.output_change for row in from_json(Audit, seen.read_text()).layers for e in row.errors]
+    assert len(changes) == 4
+    assert all(change is not None and change > 0 for change in changes)
+    # one layer has to change: the one that the output notices least
+    assert load_plan(out).rel_error == pytest.approx(min(filter(None, changes)) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -7,8 +7,9 @@ calibrated before, on every third document; then everything is measured on the o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from maclin.adopt.capture import token_mask
 from maclin.adopt.exact import ExactAttention, actual_scale, exact_attention, uniform_attention
 from maclin.adopt.hosts import host, layers_of
 from maclin.adopt.hosts.base import AttentionCall, AttentionLayer, Batch
-from maclin.adopt.sensitivity import first_documents, output_changes
+from maclin.adopt.sensitivity import EACH_LONGEST, EACH_TOKENS, LONGEST, TOKENS, first_documents, output_changes
 from maclin.core.errors import MaclinError
 from maclin.records import Audit, HeadStatistics, LayerAudit
 
@@ -36,7 +37,8 @@ def audit(
     progress: Callable[[int], None] | None = None,
     calibrating: Callable[[str], None] | None = None,
     *,
-    sensitivities: bool = True,
+    sensitivities: bool | Literal["each"] = True,
+    weighing: Callable[[str], None] | None = None,
 ) -> Audit:
     """Measure every mechanism on every attention layer of a model.
 
@@ -56,7 +58,10 @@ def audit(
         sensitivities: also measure what the model's output makes of errors in each layer, from one more run of
             the model for each layer on the first 1024 tokens: the layer is replaced by averaging, and the squared
             relative change of the output is divided by the squared relative error that averaging has there.
-            ``maclin.plan`` weighs the layers with it.
+            ``maclin.plan`` weighs the layers with it. "each" also tries each mechanism in each layer alone, on the
+            first 6144 tokens: of two errors of one size, one can be harmless and the other not. That takes one more
+            run for each layer and mechanism, and is worth it where a model is large or looks back far.
+        weighing: called with the name of each layer of each document whose sensitivity has been measured.
 
     Returns:
         One row per attention module, in the order of the first call; a module that several layers share is one
@@ -92,7 +97,9 @@ def audit(
 
     few: list[Batch] = []
     with torch.no_grad():
-        watch_documents(model, first_documents(batches, few) if sensitivities else batches, watched, measure, report)
+        sizes = (EACH_TOKENS, EACH_LONGEST) if sensitivities == "each" else (TOKENS, LONGEST)
+        seen = first_documents(batches, few, *sizes) if sensitivities else batches
+        watch_documents(model, seen, watched, measure, report)
     rows = tuple(
         totals[layer.name].row() if layer.unmeasured is None else _refused(layer, layer.unmeasured) for layer in layers
     )
@@ -103,7 +110,11 @@ def audit(
     warnings = _warnings(documents, tokens)
     if sensitivities:
         try:
-            rows = _weighed(rows, output_changes(model, few, [t.layer for t in measured]))
+            tried = {t.layer.name: t.tried() for t in measured} if sensitivities == "each" else {}
+            changes = output_changes(model, few, [t.layer for t in measured], tried, weighing)
+            rows = tuple(
+                _weighed(row, changes[row.layer], totals[row.layer]) if row.layer in changes else row for row in rows
+            )
         except (MaclinError, RuntimeError, ValueError, TypeError) as error:
             warnings += (
                 f"what each layer means to the output could not be measured, a plan weighs all alike: {error}",
@@ -113,14 +124,16 @@ def audit(
     return Audit(rows, length, documents, warnings, root, learning, device, dtype)
 
 
-def _weighed(rows: tuple[LayerAudit, ...], changes: Mapping[str, float]) -> tuple[LayerAudit, ...]:
-    """The rows with the change of the output per squared relative error of each layer."""
-    found: list[LayerAudit] = []
-    for row in rows:
-        if row.layer in changes and row.uniform_rel_error:
-            row = replace(row, sensitivity=changes[row.layer] / max(row.uniform_rel_error, _LEAST_ERROR) ** 2)
-        found.append(row)
-    return tuple(found)
+def _weighed(row: LayerAudit, changes: Sequence[float | None], totals: _Totals) -> LayerAudit:
+    """The row with the change of the output per squared relative error, and with that by each mechanism."""
+    averaging, *others = changes
+    if averaging is not None and row.uniform_rel_error:
+        row = replace(row, sensitivity=averaging / max(row.uniform_rel_error, _LEAST_ERROR) ** 2)
+    if not others:
+        return row
+    found = dict(zip(totals.usable(), others, strict=True))
+    errors = (replace(error, output_change=found.get(i)) for i, error in enumerate(row.errors))
+    return replace(row, errors=tuple(errors))
 
 
 def _teach(
@@ -206,6 +219,14 @@ class _Totals:
             torch.maximum(most_so_far, norms.amax((0, 2)).cpu(), out=most_so_far)
         self.scale = actual_scale(call)
         self.device, self.dtype = str(call.q.device), str(call.q.dtype).removeprefix("torch.")
+
+    def usable(self) -> list[int]:
+        """Which of the candidates could be applied."""
+        return [i for i, candidate in enumerate(self.candidates) if candidate.reason is None]
+
+    def tried(self) -> list[nn.Module]:
+        """What they made of the layer, as calibrated."""
+        return [self.candidates[i].draws[0] for i in self.usable()]
 
     def row(self) -> LayerAudit:
         if not self.tokens:

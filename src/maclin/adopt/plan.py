@@ -9,7 +9,7 @@ from typing import Literal
 from maclin.adopt.costs import EXACT, Costs, Operations, measure_costs, relative_cost
 from maclin.adopt.plan_files import load_plan, save_plan
 from maclin.adopt.plan_knapsack import Choice, Solution, solve
-from maclin.adopt.plan_options import LayerOptions, layer_options
+from maclin.adopt.plan_options import LayerOptions, Option, layer_options
 from maclin.adopt.plan_order import Step, best_linear, frontier_order
 from maclin.adopt.plan_rows import Budget, notes, points, row
 from maclin.core.errors import InputError, OptionError
@@ -39,8 +39,9 @@ def plan(
     With ``speedup`` or ``min_layers`` the plan of least error that keeps them; with ``tolerance`` alone the fastest one
     whose layers all keep it. The error of a plan is sqrt(sum_l w_l e_l²), where e_l is the measured relative error of
     layer l and w_l what the audit found one unit of e_l² to do to the squared relative error of the model's output
-    (``audit(..., sensitivities=True)``). So it predicts that error, to first order and for errors of the layers that
-    have nothing to do with each other; without sensitivities, w_l = 1 / layers.
+    (``audit(..., sensitivities=True)``). Where mechanisms were tried in each layer alone (``sensitivities="each"``),
+    what the output made of them stands in place of w_l e_l². So it predicts that error, to first order and for errors
+    of layers that have nothing to do with each other; without sensitivities, w_l = 1 / layers.
 
     Costs are latencies measured on this machine at ``length`` tokens (``adopt.measure_costs``). The best choice is
     found exactly, as a multiple-choice knapsack; ``plan.frontier`` holds the plans that no other beats in cost and
@@ -81,7 +82,9 @@ def plan(
     given = [layer_options(layer, costs, tolerance, per_head) for layer in audit.layers]
     weights, predicts = _weights(audit)
     solved = solve(
-        [_choices(options, weight) for options, weight in zip(given, weights, strict=True)], min_layers, max_layers
+        [_choices(options, weight, predicts) for options, weight in zip(given, weights, strict=True)],
+        min_layers,
+        max_layers,
     )
     exact = sum(options.exact_cost or 0.0 for options in given)
     chosen = _chosen(solved.found, budget, exact, costs, given)
@@ -155,8 +158,15 @@ def _weights(audit: Audit) -> tuple[list[float], bool]:
     return [1.0 / len(audit.layers)] * len(audit.layers), False
 
 
-def _choices(options: LayerOptions, weight: float) -> list[Choice]:
-    return [Choice(o.cost, weight * o.rel_error**2, o.linear, o.changed) for o in options.options]
+def _choices(options: LayerOptions, weight: float, predicts: bool) -> list[Choice]:
+    return [Choice(o.cost, _change(o, weight, predicts), o.linear, o.changed) for o in options.options]
+
+
+def _change(option: Option, weight: float, predicts: bool) -> float:
+    """What an option changes of the output: measured, or estimated from its error."""
+    if predicts and option.output_change is not None:
+        return option.output_change
+    return weight * option.rel_error**2
 
 
 def _chosen(

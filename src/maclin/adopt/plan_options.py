@@ -26,6 +26,7 @@ class Option:
         rel_error: of the layer's attention output.
         cost: of all calls of the layer.
         linear: whether the layer is then of linear cost.
+        output_change: squared relative change of the model's output with it in this layer alone, where it was measured.
     """
 
     mechanism: str
@@ -33,6 +34,7 @@ class Option:
     rel_error: float
     cost: float
     linear: bool
+    output_change: float | None = None
 
     @property
     def changed(self) -> bool:
@@ -88,7 +90,7 @@ def layer_options(layer: LayerAudit, costs: Costs, tolerance: float | None, per_
             continue
         if alternative.within_tolerance:
             cost = exact * alternative.relative_cost
-            options.append(Option(error.mechanism, error.config, error.rel_error, cost, True))
+            options.append(Option(error.mechanism, error.config, error.rel_error, cost, True, error.output_change))
     if per_head:
         mixtures = _mixtures(layer, costs, tolerance)
         options.extend(mixtures)

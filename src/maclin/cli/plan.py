@@ -39,6 +39,12 @@ def plan(
     per_head: Annotated[
         bool, typer.Option("--per-head", help="Mix mechanisms within a layer; heads that none follows stay exact.")
     ] = False,
+    try_each: Annotated[
+        bool,
+        typer.Option(
+            "--try-each", help="Try each mechanism in each layer alone: slower, and a better choice of layers."
+        ),
+    ] = False,
     length: Annotated[
         int | None, typer.Option(help="Tokens that costs are measured at. Default: the longest document.")
     ] = None,
@@ -72,6 +78,7 @@ def plan(
         min_layers=min_layers,
         max_layers=max_layers,
         per_head=per_head,
+        try_each=try_each,
         length=length,
         device=device,
         max_documents=max_documents,

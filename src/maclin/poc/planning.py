@@ -44,6 +44,7 @@ class PlanJob:
         costs: "measured" or "operations".
         device: "auto", "cpu", "cuda" or "cuda:1".
         max_documents: use at most so many, spread over all lengths; a third calibrates.
+        try_each: also try each mechanism in each layer alone: one more run for each of them, and a better choice.
     """
 
     model: str | os.PathLike[str] | None = None
@@ -58,6 +59,7 @@ class PlanJob:
     costs: Literal["measured", "operations"] = "measured"
     device: str = "auto"
     max_documents: int = 64
+    try_each: bool = False
 
     def __post_init__(self) -> None:
         if self.max_documents < 1:
@@ -97,13 +99,16 @@ def plan_model(job: PlanJob, progress: Progress | None = None) -> tuple[Plan, Au
     with steps.step("read documents"):
         texts = (python_documents() if job.data is None else read_documents(job.data)).spread(job.max_documents).texts
         batches = loaded.tokenize(texts, batch_size=4)
-    with steps.step("audit every mechanism on every layer", loaded.info().num_layers + len(batches)) as said:
+    parts = None if job.try_each else loaded.info().num_layers + len(batches)
+    with steps.step("audit every mechanism on every layer", parts) as said:
         found = audit(
             loaded.model,
             batches,
             plan_candidates(loaded.info().head_dim, job.tolerance),
             progress=lambda done: said.advance(f"{done} of {len(batches)} batches"),
             calibrating=lambda layer: said.advance(f"{layer} calibrated"),
+            sensitivities="each" if job.try_each else True,
+            weighing=(lambda layer: said.advance(f"{layer} tried")) if job.try_each else None,
         )
     length = max(found.length, 1) if job.length is None else job.length
     costs: Costs | Literal["operations"] = "operations"

@@ -72,6 +72,7 @@ class MechanismError:
     asked: Config | None = None  # where calibration made ``config`` of it: the configuration that was asked for
     reached: bool | None = None  # whether calibration came within the tolerance that the configuration asks for
     note: str = ""  # what calibration has to say
+    output_change: float | None = None  # squared relative change of the model's output with it in this layer alone
 
 
 @dataclass(frozen=True)
