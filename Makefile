@@ -12,6 +12,7 @@ OUT ?= poc-report
 POC_ARGS ?=
 PYTEST_ARGS ?=
 
+WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -65,7 +66,7 @@ poc: $(STAMP)  ## run the proof of concept and write its report into OUT
 	$(BIN)/maclin poc --out "$(OUT)" --force $(POC_ARGS)
 
 test: $(STAMP)  ## run the tests, without the slow ones and those that need a GPU or the network
-	$(BIN)/python -m pytest -m "not slow and not gpu and not network" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu and not network" $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## run every test that this machine can run
 	$(BIN)/python -m pytest -m "not network" $(PYTEST_ARGS)

@@ -23,11 +23,11 @@ CALIBRATED_ON = 8
 """Batches of learned documents that Maclaurin features are chosen on."""
 
 # recipes but for minutes are those that maclin.heal starts from, except where one is given
-MINILM_ALL = Healing(minutes=15, batches=192, held_out=12)
+MINILM_ALL = Healing(minutes=8, batches=192, held_out=12)
 MINILM_AUTO = Healing(minutes=5, batches=96, held_out=12)
 SMOLLM = Healing(minutes=12, batches=96, held_out=6, recipe={"transfer_share": 0.35})
-WHISPER = Healing(minutes=8, batches=48, held_out=4, recipe={"lr": 1e-4})
-VIT = Healing(minutes=10, batches=48, held_out=4, recipe={"lr": 1e-4})
+WHISPER = Healing(minutes=3, batches=48, held_out=4, recipe={"lr": 1e-4})
+VIT = Healing(minutes=3, batches=48, held_out=4, recipe={"lr": 1e-4})
 
 COSINE_ALL, NEIGHBOUR_ALL, POINTS_ALL = 0.97, 0.80, 2.0
 COSINE_AUTO, LAYERS_AUTO = 0.99, 3

@@ -9,8 +9,17 @@ import torch
 
 from maclin.bench import BenchJob, dispatch, measure_break_even
 from maclin.bench.dispatch import keep
-from maclin.core.break_even import DEFAULTS, BreakEvenKey, break_even_length, cache_path, measured_lengths
+from maclin.core.break_even import (
+    DEFAULTS,
+    IN_TORCH,
+    BreakEvenKey,
+    break_even_length,
+    cache_path,
+    device_name,
+    measured_lengths,
+)
 from maclin.core.errors import MaclinError, OptionError
+from maclin.core.native import use_native, wait_for_kernels
 from maclin.records import BenchResult, BreakEven, Timing
 
 KEY = BreakEvenKey("elu", "a processor, 2 threads", "float32", 64, 8)
@@ -65,11 +74,23 @@ def test_wrong_results_have_no_break_even(path: Path, bench_runs: list[BenchJob]
 
 @pytest.mark.usefixtures("path")
 def test_without_a_measurement_there_is_a_default() -> None:
-    assert break_even_length(KEY, "cpu") == DEFAULTS["cpu"][False]
+    assert break_even_length(KEY, "cpu") == DEFAULTS["cpu" if wait_for_kernels() else IN_TORCH][False]
     assert (
         break_even_length(BreakEvenKey("elu", "a", "float32", 64, 8, is_causal=True), "cuda") == DEFAULTS["cuda"][True]
     )
-    assert break_even_length(KEY, "abacus") == DEFAULTS["cpu"][False]
+    assert break_even_length(KEY, "abacus") == DEFAULTS[IN_TORCH][False]
+
+
+@pytest.mark.usefixtures("path")
+def test_without_kernels_linear_attention_pays_later() -> None:
+    use_native(False)
+    try:
+        assert break_even_length(KEY, "cpu") == DEFAULTS[IN_TORCH][False] > DEFAULTS["cpu"][False]
+        assert device_name("cpu").endswith("threads, in torch")
+    finally:
+        use_native(True)
+    if wait_for_kernels():
+        assert device_name("cpu").endswith("threads")
 
 
 def test_never_is_kept_as_never(path: Path) -> None:

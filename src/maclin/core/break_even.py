@@ -16,15 +16,20 @@ from typing import Any
 import torch
 
 from ..files import cache_dir
+from .native import native_status
 
 FILE = "break_even.json"
 
-DEFAULTS: dict[str, dict[bool, int]] = {  # device type -> causal -> tokens; 8 heads of 64, float32, batch 1
-    "cpu": {False: 512, True: 2048},
+IN_TORCH = "cpu, in torch"
+
+DEFAULTS: dict[str, dict[bool, int]] = {  # device -> causal -> tokens; 8 heads of 64, float32, batch 1
+    "cpu": {False: 384, True: 768},
+    IN_TORCH: {False: 512, True: 2048},
     "cuda": {False: 4096, True: 4096},
 }
 """Where nothing was measured. Those of the CPU are macformer's with 128 features on two cores (``benchmarks/results``),
-which need not be those of others; those of GPUs are guesses on the side of exact attention."""
+with the compiled kernels and without them, which need not be those of others; those of GPUs are guesses on the side of
+exact attention."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,14 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def device_name(device: torch.device | str) -> str:
-    """What break-even lengths of a device are kept under: the GPU's name, or the processor's and the threads."""
+    """What break-even lengths of a device are kept under: the GPU's name, or the processor's and the threads.
+
+    A processor whose compiled kernels are not to be had, or turned off, says so.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads{'' if _compiled() else ', in torch'}"
 
 
 def cache_path() -> Path:
@@ -101,7 +109,14 @@ def break_even_length(key: BreakEvenKey, device_type: str, path: Path | None = N
     found = measured_lengths(path)
     if str(key) in found:
         return found[str(key)]
-    return DEFAULTS.get(device_type, DEFAULTS["cpu"])[key.is_causal]
+    if device_type not in DEFAULTS or (device_type == "cpu" and not _compiled()):
+        device_type = IN_TORCH
+    return DEFAULTS[device_type][key.is_causal]
+
+
+def _compiled() -> bool:
+    """Whether this process computes with compiled kernels, or will as soon as they are compiled."""
+    return native_status().state in ("ready", "building")
 
 
 def _is_length(value: Any) -> bool:
