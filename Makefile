@@ -12,6 +12,7 @@ OUT ?= poc-report
 POC_ARGS ?=
 PYTEST_ARGS ?=
 
+# files go to workers whole, so that what a file builds once is built once
 WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin

@@ -29,7 +29,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 if importlib.util.find_spec("transformers") is None:
-    collect_ignore = ["test_convert.py", "test_refusals.py", "test_audit.py", "test_load.py"]
+    collect_ignore = ["test_convert.py", "test_refusals.py", "measuring/test_audit.py", "test_load.py"]
 
 
 class Tiny:

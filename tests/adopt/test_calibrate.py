@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maclin.adopt import audit, calibrated_layers, capture, convert_, default_candidates, plan, restore_
 from maclin.adopt import calibrate as calibrate_of
-from maclin.adopt.calibrate import for_learning, learned, sampled, short_config
+from maclin.adopt.calibrate import for_learning, learned, needs_data, sampled, short_config
 from maclin.adopt.exact import exact_attention
 from maclin.adopt.hosts import host
 from maclin.core import mechanisms
@@ -274,3 +274,33 @@ def test_what_is_tried_by_default() -> None:
 def _sizes(name: str) -> dict[str, Any]:
     pooled = {"projection": "mean-pool"} if name == "linformer" else {}
     return {"head_dim": 8, "num_heads": 4, **pooled}
+
+
+def config_of(hybrid: Any) -> dict[str, Any]:
+    """Everything that the linear part was built with."""
+    return hybrid.linear.config
+
+
+def test_a_hybrid_says_what_is_not_default_and_its_window() -> None:
+    sizes = {"head_dim": 8, "num_heads": 2}
+    made = mechanisms.mechanism(
+        "hybrid", **sizes, linear_options={"ppsbn": False, "num_features": 24, "centred": False}
+    )
+    assert short_config(made) == {"window": 64, "linear_options": {"ppsbn": False, "num_features": 24}}
+    assert mechanisms.mechanism("hybrid", **sizes, **made.config).config == made.config
+    whole = {**made.config, "linear_options": config_of(made)}  # as earlier versions wrote it
+    old = mechanisms.mechanism("hybrid", **sizes, **whole)
+    assert config_of(old) == config_of(made)
+    assert old.config == made.config
+
+
+def test_a_calibrated_hybrid_is_built_from_what_it_says() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 400, 8) for _ in range(3))
+    taught = calibrate(mechanisms.mechanism("hybrid", head_dim=8, num_heads=2, window=5), q, k, v)
+    said = short_config(taught)
+    assert needs_data(said)
+    assert set(said["linear_options"]) == {"ppsbn", "num_features", "counts", "centred"}
+    built = mechanisms.mechanism("hybrid", head_dim=8, num_heads=2, **said)
+    built.load_state_dict(taught.state_dict())
+    torch.testing.assert_close(built(q, k, v), taught(q, k, v))

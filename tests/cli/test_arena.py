@@ -6,15 +6,18 @@ import csv
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from maclin.arena import runs
+from maclin.arena import costs_path, keep_costs, runs
+from maclin.arena.results import CostsFile, load_task, read_record
 from maclin.cli.app import app
 from maclin.cli.arena import app as arena
-from maclin.report.arena import ARENA_NAMES, load_arena
+from maclin.records import ArenaCost
+from maclin.report.arena import ARENA_NAMES, load_arena, score_table
 
 Cli = Callable[..., tuple[int, str, str]]
 SMALL = ("--steps", "4", "--seeds", "1", "--width", "8", "--layers", "1", "--batch-size", "8", "--device", "cpu")
@@ -137,6 +140,41 @@ def test_costs_are_measured_without_data(run_cli: Cli) -> None:
     assert all(row["latency_ms"] > 0 and row["peak_bytes"] > 0 for row in rows)
     assert run_cli("arena", "cost", "listops", "--lengths", "many")[0] == 2
     assert run_cli("arena", "cost", "listops", "--lengths", "0")[0] == 2
+
+
+def test_costs_join_the_tables_of_earlier_runs(run_cli: Cli, run_own: Cli, tmp_path: Path) -> None:
+    assert run_own("--mechanism", "elu", "--no-costs")[0] == 0
+    runs = tmp_path / "out"
+    before = load_task(runs / "csv-letters-quick")
+    assert not before.costs
+    length, path = before.task.full_length, costs_path(before.task.name, runs)
+    row = ArenaCost("elu", length, 2, latency_ms=5.0, peak_bytes=100)
+    for costs in (
+        (replace(row, length=length + 1),),
+        (replace(row, latency_ms=1.0),),
+        (ArenaCost("softmax", length, 2, latency_ms=10.0, peak_bytes=300), row),
+    ):
+        keep_costs(replace(before, costs=costs), path)
+    assert [cost.length for cost in load_task(runs / "csv-letters-quick").costs] == [length + 1, length, length]
+    assert run_cli("arena", "table", str(runs))[0] == 0
+    table = score_table(load_arena(runs / "arena.json").tasks[0])
+    cells = dict(zip(table.columns, next(cells for cells in table.rows if cells[0] == "elu"), strict=True))
+    assert (cells[f"times faster at {length:,}"], cells["times less memory"]) == ("2.00", "3.00")
+
+
+def test_costs_are_kept_where_asked(run_cli: Cli, tmp_path: Path) -> None:
+    size = ("--lengths", "32", "--batch-size", "1", "--seconds", "0.01", "--device", "cpu", "--mechanism", "elu")
+    status, out, err = run_cli("arena", "cost", "listops", *size, "--out", str(tmp_path), "--json")
+    assert status == 0, err
+    kept = read_record(CostsFile, tmp_path / "listops-quick" / "costs.json").costs
+    assert [asdict(cost) for cost in kept] == json.loads(out)
+    status, out, _ = run_cli("arena", "cost", "listops", *size, "--out", str(tmp_path), "--preset", "paper")
+    assert status == 0
+    assert (tmp_path / "listops-paper" / "costs.json").exists()
+    assert "costs.json" in out
+    status, _, err = run_cli("arena", "cost", "listops", *size, "--out", str(tmp_path), "--preset", "full")
+    assert status == 2
+    assert "quick, standard, paper" in err
 
 
 def test_no_results_are_said(run_cli: Cli, tmp_path: Path) -> None:

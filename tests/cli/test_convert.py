@@ -16,46 +16,21 @@ from maclin.adopt import convert_, load, load_converted, save_plan
 from maclin.records import Plan, PlanRow
 
 Cli = Callable[..., tuple[int, str, str]]
-SIZES: dict[str, Any] = {
-    "vocab_size": 10, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-}  # fmt: skip
-
-
-def saved(folder: Path, architecture: str) -> Path:
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    torch.manual_seed(0)
-    family = "Bert" if "Bert" in architecture else "Llama"
-    config = getattr(transformers, f"{family}Config")(**SIZES)
-    getattr(transformers, architecture)(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("encoder"), "BertModel")
+def encoder(given: tuple[Path, Path]) -> Path:
+    return given[0]
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("decoder"), "LlamaForCausalLM")
+def decoder(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[[Path, str], Path]) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("decoder"), "LlamaForCausalLM")
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> list[str]:
-    paths = []
-    for number in range(4):
-        path = tmp_path / f"{number}.txt"
-        path.write_text(" ".join(("abcdefgh"[number:] + "hgfedcba"[: number + 1]) * 5)[: 90 + 5 * number])
-        paths.append(str(path))
-    return paths
+@pytest.fixture(scope="module")
+def texts(given: tuple[Path, Path]) -> list[str]:
+    return [str(path) for path in sorted(given[1].iterdir())]
 
 
 def listed(folder: Path) -> set[str]:
@@ -150,7 +125,7 @@ def test_wrong_calls_say_what_to_do(
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("maclin.adopt.store_files.save_file", interrupt)
+    monkeypatch.setattr("maclin.adopt.saving.files.save_file", interrupt)
     status, _, err = run_cli("convert", str(encoder), "--mechanism", "elu", "--quiet", *out)
     assert status == 130
     assert "interrupted; nothing was written" in err

@@ -13,33 +13,6 @@ if importlib.util.find_spec("transformers") is None:
 Cli = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model directory, and one with documents."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    model, data = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("data")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=10,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(model)
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(model)
-    for number in range(6):
-        words = "abcdefgh"[number:] + "hgfedcba"[: number + 1]
-        (data / f"{number}.txt").write_text(" ".join(words * 5)[: 70 + 5 * number])
-    return model, data
-
-
 def test_it_prints_a_table_per_layer_and_writes_json(given: tuple[Path, Path], run_cli: Cli, tmp_path: Path) -> None:
     model, data = map(str, given)
     options = ["--option", "ppsbn=false", "--option", "num_features=20", "--out", str(tmp_path / "new" / "d.json")]

@@ -23,33 +23,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model directory, and one with documents."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    model, data = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("data")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=10,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=16,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(model)
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(model)
-    for number in range(6):
-        words = "abcdefgh"[number:] + "hgfedcba"[: number + 1]
-        (data / f"{number}.txt").write_text(" ".join(words * 5)[: 70 + 5 * number])
-    return model, data
-
-
 def test_the_plan_is_written_and_shown(
     given: tuple[Path, Path], run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Feature maps: bias, variance and convergence against closed forms, by enumeration and by simulation."""
+"""Feature maps as mechanisms run them: bias, variance and convergence, by closed forms, enumeration and draws."""
 
 import itertools
 import math
@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from maclin.core import features
+from maclin.core.fast import spec
+from maclin.core.fast.maps import Maps
+from maclin.core.fast.spec import Side, Spec
 from maclin.core.features import DEGREE_LAWS, RandomMaclaurin, rademacher
 from maclin.core.kernels import KERNELS, Kernel
+from maclin.core.maps import first_order_maps, maclaurin_maps
+from maclin.core.mechanisms import FeatureMechanism
+from maclin.core.mechanisms.favor import Favor
+from maclin.core.mechanisms.rfa import Rfa
 
 LAWS = list(DEGREE_LAWS)
 X = torch.tensor([0.35, -0.2, 0.1, 0.25, -0.05, 0.15], dtype=torch.float64)
@@ -31,7 +38,7 @@ def estimates(law: str, kernel: Kernel, num_features: int, draws: int, heads: in
     for i in range(draws):
         maclaurin = DEGREE_LAWS[law].features(kernel, DEGREE_LAWS[law].draw(num_features, generator))
         directions = rademacher((heads, len(X), maclaurin.num_directions), generator).double()
-        phi = maclaurin(pair, maclaurin.columns(directions, 1.0))
+        phi = maclaurin_maps(maclaurin, directions, 1.0).of_queries(pair)
         found[i] = (phi[0, :, 0] * phi[0, :, 1]).sum(-1)
     return found
 
@@ -71,7 +78,7 @@ def test_a_feature_over_all_signs_has_the_exact_moments(degree):
     chosen = torch.tensor(list(itertools.product(range(len(signs)), repeat=degree)))  # every n-tuple of directions
     directions = torch.cat([signs[chosen[:, rank]].T for rank in range(degree)], dim=-1)[None]
     maclaurin = RandomMaclaurin((degree,) * len(chosen), (1.0,) * len(chosen))
-    phi = maclaurin(torch.stack([x, y])[None, None], maclaurin.columns(directions, 1.0))[0, 0]
+    phi = maclaurin_maps(maclaurin, directions, 1.0).of_queries(torch.stack([x, y])[None, None])[0, 0]
     product = phi[0] * phi[1]
     assert float(product.mean()) == pytest.approx(k**degree, rel=1e-12)
     assert float(product.square().mean()) == pytest.approx(mu**degree, rel=1e-12)
@@ -130,6 +137,16 @@ def test_degrees_follow_their_law(law):
     assert DEGREE_LAWS[law].expected(1, 100) == pytest.approx(49.5 if law == "published" else 25.0, rel=1e-5)
 
 
+def maps_of(mechanism: FeatureMechanism, scale: float) -> Maps:
+    found = mechanism.features(scale).fast
+    assert found is not None
+    return found
+
+
+def elu(x: Tensor) -> Tensor:
+    return spec.features(Spec("elu"), Side(), x)
+
+
 def explicit(maclaurin: RandomMaclaurin, directions: Tensor, x: Tensor, scale: float) -> Tensor:
     """phi_i(x) = weight_i prod_r <w_ir, sqrt(scale) x>, feature by feature and head by head."""
     batch, heads, length, _ = x.shape
@@ -153,7 +170,7 @@ def test_maclaurin_features_are_the_products_of_their_directions(degrees, grad):
     directions = rademacher((2, 6, maclaurin.num_directions), generator).double()
     x = torch.randn(3, 4, 5, 6, generator=generator, dtype=torch.float64, requires_grad=grad)
     kept = x.detach().clone()
-    got = maclaurin(x, maclaurin.columns(directions, 0.7))
+    got = maclaurin_maps(maclaurin, directions, 0.7).of_queries(x)
     torch.testing.assert_close(got, explicit(maclaurin, directions, kept, 0.7), rtol=1e-12, atol=1e-12)
     assert torch.equal(x, kept)
 
@@ -176,7 +193,7 @@ def test_rademacher_signs_are_fair_and_independent():
 @pytest.mark.parametrize("name", KERNELS)
 def test_taylor_features_are_constant_and_linear_term(name):
     kernel = KERNELS[name]
-    phi_x, phi_y = (features.taylor_features(z, kernel) for z in (X, Y))
+    phi_x, phi_y = first_order_maps(kernel, 1.0, 1, 6).of_queries(torch.stack([X, Y])[None, None])[0, 0]
     assert phi_x.shape == (7,)
     assert float(phi_x @ phi_y) == pytest.approx(kernel.coefficient(0) + kernel.coefficient(1) * T, rel=1e-12)
 
@@ -184,19 +201,19 @@ def test_taylor_features_are_constant_and_linear_term(name):
 def test_elu_features_keep_their_digits_far_below_zero():
     x = torch.tensor([-80.0, -30.0, -17.0, -1.0, -0.0, 0.0, 0.5, 30.0])
     wanted = torch.where(x > 0, x.double() + 1, x.double().exp())
-    torch.testing.assert_close(features.elu_features(x).double(), wanted, rtol=1e-6, atol=0)
-    torch.testing.assert_close(features.elu_features(x), torch.nn.functional.elu(x) + 1, rtol=0, atol=1e-6)
+    torch.testing.assert_close(elu(x).double(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(elu(x), torch.nn.functional.elu(x) + 1, rtol=0, atol=1e-6)
     x.requires_grad_()
-    (slope,) = torch.autograd.grad(features.elu_features(x).sum(), x)
+    (slope,) = torch.autograd.grad(elu(x).sum(), x)
     torch.testing.assert_close(slope, x.detach().clamp(max=0).exp(), rtol=1e-6, atol=0)
 
 
 def test_fourier_features_are_unbiased():
-    frequencies = torch.randn(20_000, 6, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    pair = torch.stack([2 * X, 2 * Y]).expand(1, 20_000, 2, 6)
-    phi = features.random_fourier_features(pair, frequencies)[0]
+    rfa = Rfa(6, 20_000, num_features=8, generator=torch.Generator().manual_seed(6))
+    phi = maps_of(rfa, 1.3).of_queries(torch.stack([X, Y]).expand(1, 20_000, 2, 6))[0]
     assert phi.shape == (20_000, 2, 8)
-    assert within((phi[:, 0] * phi[:, 1]).sum(-1), math.exp(-0.5 * float((2 * X - 2 * Y).square().sum())))
+    apart = (X / X.norm() - Y / Y.norm()).square().sum()
+    assert within((phi[:, 0] * phi[:, 1]).sum(-1), math.exp(-0.65 * float(apart)))
     torch.testing.assert_close(phi.square().sum(-1), torch.ones(20_000, 2, dtype=torch.float64))  # sin^2 + cos^2
 
 
@@ -204,13 +221,11 @@ def test_fourier_features_are_unbiased():
 def test_positive_features_are_unbiased(orthogonal):
     generator = torch.Generator().manual_seed(7)
     heads, m = 6000, 9  # a block and a half of orthogonal directions
-    if orthogonal:
-        directions = features.orthogonal_directions(heads, 6, m, generator).double()
-    else:
-        directions = torch.randn(heads, 6, m, generator=generator, dtype=torch.float64)
-    pair = torch.stack([1.5 * X, 1.5 * Y]).expand(1, heads, 2, 6)
-    phi = features.log_positive_features(pair, directions)[0].exp()
-    assert within((phi[:, 0] * phi[:, 1]).sum(-1), math.exp(1.5**2 * T))
+    favor = Favor(6, heads, num_features=m, generator=generator)
+    if not orthogonal:
+        favor.directions.normal_(generator=generator)
+    phi = maps_of(favor, 2.25).of_queries(torch.stack([X, Y]).expand(1, heads, 2, 6))[0].exp()
+    assert within((phi[:, 0] * phi[:, 1]).sum(-1), math.exp(2.25 * T))
 
 
 def test_orthogonal_directions_are_orthogonal_in_blocks_with_chi_lengths():

@@ -207,7 +207,9 @@ def test_the_scale_of_elu_multiplies_the_queries(qkv, rel_error):
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernel", ["exp", "inv", "log", "sqrt", "trigh", HALF_COSH], ids=str)
+@pytest.mark.parametrize(
+    "kernel", ["exp", "inv", "log", "sqrt", "trigh", HALF_COSH], ids=lambda kernel: getattr(kernel, "name", kernel)
+)
 def test_taylor_is_the_first_order_of_its_kernel(qkv, key_mask, rel_error, kernel, kind):
     mech = build("taylor", kernel=kernel)
     row = kernel_of(kernel)

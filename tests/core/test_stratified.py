@@ -10,8 +10,8 @@ from torch import Tensor
 import maclin
 from maclin.core import reference, stratified
 from maclin.core.kernels import KERNELS
-from maclin.core.maps import StratifiedMap
 from maclin.core.mechanisms.macformer import Macformer
+from maclin.core.stratified_map import StratifiedMap
 
 
 def whole(width: int, highest: int) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from maclin.core import unbiased
 from maclin.core.kernels import KERNELS, Kernel
-from maclin.core.maps import StratifiedMap
 from maclin.core.mechanisms.macformer import Macformer
+from maclin.core.stratified_map import StratifiedMap
 
 CUBIC = Kernel("cubic", lambda n: (1.0, 0.5, 2.0, 1.0)[n] if n < 4 else 0.0)
 EVEN = Kernel("even", lambda n: 0.0 if n % 2 else 1 / math.factorial(n))

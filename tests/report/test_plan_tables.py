@@ -73,3 +73,12 @@ def test_the_share_counts_heads(make_report: Callable[[str], Report]) -> None:
     assert plan.linear_share == 0.75 / len(plan.rows)
     half = PlanRow("a", "window", {}, 0.1, "", None, {}, None)
     assert Plan(0.1, 512, (half, plan.rows[1])).linear_share == 0.5
+
+
+def test_a_hybrid_is_shown_by_its_window_and_sinks(report: Report) -> None:
+    config = {"window": 64, "sinks": 4, "linear_options": {"num_features": 128, "ppsbn": False}}
+    row = replace(report.plan.rows[0], mechanism="hybrid", config=config)
+    plan = replace(report.plan, rows=(row, *report.plan.rows[1:]))
+    assert plan_table(replace(report, plan=plan)).rows[0][1] == "hybrid (window=64, sinks=4)"
+    assert "hybrid (window=64, sinks=4)" in str(plan)
+    assert "linear_options" not in render_markdown(replace(report, plan=plan)) + str(plan)

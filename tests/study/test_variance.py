@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maclin.core.features import DEGREE_LAWS, rademacher
 from maclin.core.kernels import KERNELS, Kernel
+from maclin.core.maps import maclaurin_maps
 from maclin.study.theory import variance as theory
 from maclin.study.theory.draws import hadamard
 from maclin.study.theory.variance import Pair
@@ -93,7 +94,7 @@ def by_hand(law: str, kernel: Kernel, pair: Tensor, num_features: int, draws: in
     for i in range(draws):
         features = DEGREE_LAWS[law].features(kernel, DEGREE_LAWS[law].draw(num_features, generator))
         directions = rademacher((1, pair.shape[-1], features.num_directions), generator).double()
-        phi = features(pair[None, None], features.columns(directions, 1.0))[0, 0]
+        phi = maclaurin_maps(features, directions, 1.0).of_queries(pair[None, None])[0, 0]
         out[i] = phi[0] @ phi[1]
     return out
 

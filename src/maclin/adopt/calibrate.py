@@ -43,9 +43,9 @@ def learned(mechanism: registry.Mechanism, call: AttentionCall) -> registry.Mech
 
 
 def short_config(mechanism: registry.Mechanism) -> Config:
-    """The options of a mechanism that are not its defaults: with them it is built alike."""
-    defaults = registry.row(mechanism.name).options
-    return {key: value for key, value in mechanism.config.items() if key not in defaults or value != defaults[key]}
+    """The options of a mechanism that are not its defaults, with which it is built alike; a window always."""
+    window = {key: mechanism.config[key] for key in ("window",) if key in mechanism.config}  # what a reader asks first
+    return window | registry.row(mechanism.name).differing(mechanism.config)
 
 
 def needs_data(config: Config) -> bool:

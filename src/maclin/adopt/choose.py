@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from maclin.adopt.calibrate import learned, only
-from maclin.adopt.candidates import Candidate, Trial, default_candidates, relative, squares, trials
 from maclin.adopt.exact import exact_attention, uniform_attention
 from maclin.adopt.hosts.base import AttentionCall, AttentionLayer
-from maclin.adopt.plan import EXACT, relative_cost
+from maclin.adopt.measuring.candidates import Candidate, Trial, default_candidates, relative, squares, trials
+from maclin.adopt.planning import EXACT, relative_cost
 from maclin.core import mechanisms as registry
 from maclin.core.break_even import BreakEvenKey, break_even_length, device_name
 from maclin.core.design import split

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from maclin.adopt.audit import audit
 from maclin.adopt.build import LayerChoice, built_for, check_no_statistics
 from maclin.adopt.calibrate import learned, needs_data, sampled
 from maclin.adopt.hosts import host, layers_of
-from maclin.adopt.hosts.base import AttentionLayer, Batch
-from maclin.adopt.plan import EXACT
-from maclin.adopt.plan import plan as plan_of
+from maclin.adopt.hosts.base import GUARD, AttentionLayer, Batch
+from maclin.adopt.measuring.audit import audit
+from maclin.adopt.planning import EXACT
+from maclin.adopt.planning import plan as plan_of
 from maclin.core import mechanisms as registry
 from maclin.core.errors import InputError, MaclinError, OptionError
 from maclin.records import Config, Plan
@@ -68,6 +68,7 @@ def convert_(
         OptionError: an unknown mechanism or option (the message lists the known), options beside a plan, or a plan
             with calibrated mechanisms without batches.
         InputError: a plan for another model, a mapping with unknown layers, or too few tokens to calibrate on.
+        MaclinError: the model is guarded; what its guard watches would be gone, and nobody told.
         CapabilityError: attention that cannot be replaced faithfully, or a mechanism that lacks what the model
             needs; the message names every such layer, the reason, and the filter that leaves them out.
 
@@ -78,6 +79,11 @@ def convert_(
     """
     if options and not isinstance(plan, str):
         raise OptionError(f"options {sorted(options)} go with a mechanism's name; a plan or mapping holds its own")
+    if isinstance(model, nn.Module) and any(GUARD in vars(module) for module in model.modules()):
+        raise MaclinError(
+            f"wanted a model without a guard, got a {type(model).__name__} that maclin.guard guards, whose guard would "
+            "not watch what is converted now; call maclin.unguard first, and guard it anew afterwards"
+        )
     documents = None if batches is None else list(batches)
     if isinstance(plan, str) and plan == AUTO:
         plan, options = _decided(model, documents, options), {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..training.machine import is_main_process
     from .listing import task_rows
-    from .results import load_results
+    from .results import costs_path, keep_costs, load_results
     from .runs import ArenaJob, run, run_costs
     from .settings import ModelSettings, TrainSettings
     from .tasks import TASKS
@@ -22,7 +22,9 @@ __all__ = [
     "ArenaJob",
     "ModelSettings",
     "TrainSettings",
+    "costs_path",
     "is_main_process",
+    "keep_costs",
     "load_results",
     "run",
     "run_costs",
@@ -35,7 +37,9 @@ _HOMES = {
     "ModelSettings": "settings",
     "TASKS": "tasks",
     "TrainSettings": "settings",
+    "costs_path": "results",
     "is_main_process": ".training.machine",
+    "keep_costs": "results",
     "load_results": "results",
     "run": "runs",
     "run_costs": "runs",

@@ -8,6 +8,7 @@ import torch
 
 from ..bench.specs import Spec
 from ..core.errors import OptionError
+from ..core.native import wait_for_kernels
 from ..nn.model import MacformerModel
 from ..progress import Progress, Silent
 from ..records import ArenaCost
@@ -48,6 +49,8 @@ def measured_costs(
     """
     if not lengths or min(lengths) < 1:
         raise OptionError(f"wanted lengths of at least 1 position, got {', '.join(map(str, lengths)) or 'none'}")
+    if torch.device(device).type == "cpu":
+        wait_for_kernels()  # compiled now, rather than between two figures
     progress = progress or Silent()
     progress.start("cost of a training step", len(lengths))
     costs: list[ArenaCost] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..bench import environment
-from ..core.errors import InputError
+from ..core.errors import InputError, OptionError
 from ..records import (
     SCHEMA_VERSION,
     ArenaCost,
@@ -25,6 +25,8 @@ from ..records import (
     to_json,
 )
 from ..training.checkpoint import write_result
+from .specs import folder_of
+from .task import PRESETS
 
 TASK_NAME, COSTS_NAME, RESULT_NAME, MODEL_NAME = "task.json", "costs.json", "result.json", "model"
 
@@ -66,6 +68,39 @@ def read_record(cls: type[R], path: Path) -> R:
         return from_json(cls, path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"wanted results of the arena in {path}, got a file that cannot be read: {error}") from error
+
+
+def costs_path(label: str, out: Path, preset: str = "quick") -> Path:
+    """Where the tables look for the costs of a task.
+
+    Args:
+        label: of the task, as in ``ArenaJob.label``.
+        out: of ``maclin arena run``.
+        preset: of the runs.
+
+    Raises:
+        OptionError: an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise OptionError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
+    return out / folder_of(f"{label}-{preset}") / COSTS_NAME
+
+
+def keep_costs(result: ArenaTaskResult, path: Path) -> None:
+    """Put costs where the tables find them; earlier rows of other lengths stay.
+
+    Args:
+        result: what ``run_costs`` measured.
+        path: of ``costs_path``.
+
+    Raises:
+        InputError: earlier costs that are damaged.
+    """
+    earlier = read_record(CostsFile, path).costs if path.exists() else ()
+    measured = {cost.length for cost in result.costs}
+    kept = [cost for cost in earlier if cost.length not in measured]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_record(path, CostsFile((*kept, *result.costs)))
 
 
 def load_results(out: Path) -> ArenaResult:

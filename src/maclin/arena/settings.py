@@ -159,7 +159,7 @@ _SIZES: dict[str, _Sizes] = {
     "pathfinder": _Sizes(64, 1e-3, 20_000, 60_000, (32, 3e-3, 300)),
     "audio": _Sizes(16, 1e-3, 5_000, 20_000, (32, 3e-3, 300)),
     "sensors": _Sizes(16, 1e-3, 3_000, 10_000, (16, 3e-3, 200)),
-    "recall": _Sizes(32, 2e-3, 10_000, 40_000, (64, 3e-3, 400)),
+    "recall": _Sizes(32, 2e-3, 10_000, 40_000, (32, 1e-3, 1_000)),
     "translation": _Sizes(32, 1e-3, 10_000, 40_000, (32, 3e-3, 300)),
     "language": _Sizes(16, 1e-3, 10_000, 40_000, (16, 3e-3, 300)),
 }
@@ -178,12 +178,14 @@ def recipe(task: str, preset: str) -> Recipe:
     """
     name = task if task in _SIZES else next((known for known in _SIZES if task.startswith(known)), "")
     sizes = _SIZES.get(name, _OTHER)
+    # what stands behind a key is found by its distance, which learned positions take far longer to tell
+    position: Literal["learned", "rotary"] = "rotary" if name == "recall" else "learned"
     if preset == "quick":
         batch_size, lr, steps = sizes.quick
         settings = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, evaluate_every=max(steps // _LOOKS, 1))
-        return Recipe(ModelSettings(dropout=0.0 if name else 0.1), settings)
+        return Recipe(ModelSettings(dropout=0.0 if name else 0.1, position=position), settings)
     steps = sizes.standard if preset == "standard" else sizes.paper
     return Recipe(
-        ModelSettings(dropout=_STEADY.get(name, 0.1)),
+        ModelSettings(dropout=_STEADY.get(name, 0.1), position=position),
         TrainSettings(steps=steps, batch_size=sizes.batch_size, lr=sizes.lr),
     )

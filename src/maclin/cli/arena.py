@@ -148,14 +148,19 @@ def cost(
     seconds: Annotated[float, typer.Option(help="For the runs of one mechanism at one length.")] = 2.0,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory of runs; what was measured joins their tables.")] = None,
+    preset: Annotated[str, typer.Option(help="Of the runs in --out.")] = "quick",
     as_json: _Json = False,
 ) -> None:
     """Measure what a training step takes in time and memory, beside softmax; needs no data."""
-    from ..arena import ArenaJob, run_costs
+    from ..arena import ArenaJob, costs_path, keep_costs, run_costs
     from ..report import arena as report
 
     job = ArenaJob(task, Path(), mechanisms=mechanism, preset="standard", train={"precision": precision}, device=device)
+    path = None if out is None else costs_path(job.label, out, preset)
     found = run_costs(job, _whole(lengths), batch_size=batch_size, seconds_per_model=seconds)
+    if path is not None:
+        keep_costs(found, path)
     if as_json:
         rows = [dataclasses.asdict(row) for row in found.costs]
         console.out.print(json.dumps(rows, indent=2), markup=False)
@@ -165,6 +170,8 @@ def cost(
         console.out.print(_rich(made.columns, made.rows), soft_wrap=False)
         for note in made.notes:
             console.out.print(note, markup=False, soft_wrap=False)
+    if path is not None:
+        console.out.print(f"Costs: {path}", markup=False, soft_wrap=True)
 
 
 @app.command()

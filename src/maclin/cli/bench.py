@@ -10,6 +10,7 @@ import typer
 
 from ..core.errors import OptionError
 from . import console
+from .arguments import Device, Quiet
 
 if TYPE_CHECKING:
     from ..bench import BenchJob
@@ -29,7 +30,6 @@ _Mechanisms = Annotated[
 ]
 _Lengths = Annotated[str | None, typer.Option(help="Tokens, by commas; with decode positions.")]
 _Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 _Heads = Annotated[int, typer.Option(help="Number of heads.")]
 _HeadDim = Annotated[int, typer.Option(help="Width of a head.")]
 _Batch = Annotated[int, typer.Option(help="Sequences in a batch.")]
@@ -43,7 +43,6 @@ _MaxSeconds = Annotated[
 ]
 _Out = Annotated[Path, typer.Option(help="Directory of the result, whose files are named by date and hardware.")]
 _Force = Annotated[bool, typer.Option("--force", help="Replace a result of the same kind, day and hardware.")]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; implies no progress.")]
 
 _OUT = Path("bench-results")
@@ -60,7 +59,7 @@ def speed(
     mechanisms: _Mechanisms = None,
     lengths: _Lengths = None,
     dtype: _Dtype = "float32",
-    device: _Device = "auto",
+    device: Device = "auto",
     heads: _Heads = 8,
     head_dim: _HeadDim = 64,
     batch: _Batch = 1,
@@ -72,7 +71,7 @@ def speed(
     max_seconds: _MaxSeconds = None,
     out: _Out = _OUT,
     force: _Force = False,
-    quiet: _Quiet = False,
+    quiet: Quiet = False,
     as_json: _Json = False,
 ) -> None:
     """Latency over lengths, in turns in one process, with quartiles, floor and memory."""
@@ -102,7 +101,7 @@ def memory(
     mechanisms: _Mechanisms = None,
     lengths: _Lengths = None,
     dtype: _Dtype = "float32",
-    device: _Device = "auto",
+    device: Device = "auto",
     heads: _Heads = 8,
     head_dim: _HeadDim = 64,
     batch: _Batch = 1,
@@ -112,7 +111,7 @@ def memory(
     peer_features: _PeerFeatures = 128,
     out: _Out = _OUT,
     force: _Force = False,
-    quiet: _Quiet = False,
+    quiet: Quiet = False,
     as_json: _Json = False,
 ) -> None:
     """Peak memory over lengths, without timing."""
@@ -140,14 +139,14 @@ def decode(
     mechanisms: _Mechanisms = None,
     lengths: _Lengths = None,
     dtype: _Dtype = "float32",
-    device: _Device = "auto",
+    device: Device = "auto",
     heads: _Heads = 8,
     head_dim: _HeadDim = 64,
     batch: _Batch = 1,
     seconds_per_point: _Seconds = 1.0,
     out: _Out = _OUT,
     force: _Force = False,
-    quiet: _Quiet = False,
+    quiet: Quiet = False,
     as_json: _Json = False,
 ) -> None:
     """Time of one more token after 1,024 to 65,536 of them, against fused softmax over a cache of keys and values."""
@@ -189,7 +188,7 @@ def compare(
 def break_even(
     mechanism: Annotated[str, typer.Option(help="Name with options, as for speed.")] = "macformer",
     dtype: _Dtype = "float32",
-    device: _Device = "auto",
+    device: Device = "auto",
     heads: _Heads = 8,
     head_dim: _HeadDim = 64,
     backward: _Backward = False,

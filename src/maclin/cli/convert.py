@@ -11,7 +11,7 @@ import typer
 from ..core.errors import OptionError
 from ..progress import Progress, Silent, Steps
 from . import console
-from .diagnose import options_of
+from .arguments import Layer, MechanismOption, Model, Quiet, options_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,28 +22,13 @@ _HINT = "on the command line, name them with --documents FILES"
 
 
 def convert(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Directory that transformers or sentence-transformers can load; by default the packaged "
-            "all-MiniLM-L6-v2. Nothing is downloaded.",
-        ),
-    ] = None,
+    model: Model = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json that says what each layer becomes.")] = None,
     mechanism: Annotated[
         str | None, typer.Option(help="What layers become without a plan; see maclin mechanisms.")
     ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Of the mechanism, such as window=32; again for more."),
-    ] = None,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Layer to convert without a plan, by name or number from 0 on; again for more. Default: all."
-        ),
-    ] = None,
+    option: MechanismOption = None,
+    layer: Layer = None,
     documents: Annotated[
         list[Path] | None,
         typer.Option(
@@ -56,7 +41,7 @@ def convert(
     max_documents: Annotated[int, typer.Option(help="Calibrate on at most so many documents.")] = 64,
     out: Annotated[Path, typer.Option(help="Directory of the converted model.")] = Path("converted"),
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier converted model.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies no progress.")] = False,
 ) -> None:
     """Convert a model and save it, for maclin.load_converted.
@@ -64,7 +49,7 @@ def convert(
     The tokenizer is copied along. On an error or Ctrl-C, what was in the directory of --out is still there.
     """
     from ..adopt import load, load_plan, packaged_model, save_converted
-    from ..adopt.store_manifest import MANIFEST
+    from ..adopt.saving import MANIFEST
     from ..report import check_out_dir
 
     if (plan is None) == (mechanism is None):
@@ -123,7 +108,7 @@ def _converted(
 
 
 def _report(out: Path, directory: Path, quiet: bool, as_json: bool) -> None:
-    from ..adopt.store_manifest import MANIFEST
+    from ..adopt.saving import MANIFEST
 
     manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     if as_json:

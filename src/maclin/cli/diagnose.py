@@ -8,22 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import MaclinError, OptionError
+from ..core.errors import MaclinError
 from . import console
+from .arguments import Data, Model, options_of
 
 if TYPE_CHECKING:
     from ..records import Diagnosis
 
 
 def diagnose(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Directory that transformers or sentence-transformers can load; by default the packaged "
-            "all-MiniLM-L6-v2. Nothing is downloaded.",
-        ),
-    ] = None,
+    model: Model = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="Layer to look at, by name or number from 0 on; again for more. Default: all."),
@@ -33,14 +27,7 @@ def diagnose(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Of the mechanism, such as num_features=128; again for more."),
     ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILES",
-            help="Documents (.txt, .md, .jsonl) or directories of them, after MODEL. Default: the help texts that "
-            "ship with Python.",
-        ),
-    ] = None,
+    data: Data = None,
     max_documents: Annotated[int, typer.Option(help="Use at most so many documents; a third calibrates.")] = 18,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier file.")] = False,
@@ -72,20 +59,6 @@ def diagnose(
             out.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise MaclinError(f"cannot write to {out}: {error.strerror or error}; choose another place") from error
-
-
-def options_of(pairs: list[str]) -> dict[str, Any]:
-    """Values as JSON where they are JSON (128, false, [1, 32]), else as text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise OptionError(f"wanted --option as KEY=VALUE, such as num_features=128, got {pair!r}")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
-    return found
 
 
 def _print(name: str, diagnosis: Diagnosis) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from ..core.errors import OptionError
 from . import console
-from .diagnose import options_of
+from .arguments import Data, Layer, MechanismOption, Model, Quiet, options_of
 
 if TYPE_CHECKING:
     from ..adopt import Loaded
@@ -18,36 +18,14 @@ if TYPE_CHECKING:
 
 
 def heal(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Directory that transformers or sentence-transformers can load; by default the packaged "
-            "all-MiniLM-L6-v2. Nothing is downloaded.",
-        ),
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILES",
-            help="Documents (.txt, .md, .jsonl) like those to be served, or directories of them, after MODEL. Default: "
-            "the help texts that ship with Python.",
-        ),
-    ] = None,
+    model: Model = None,
+    data: Data = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json to convert by; default: all layers alike.")] = None,
     mechanism: Annotated[
         str, typer.Option(help="What layers become without a plan; see maclin mechanisms.")
     ] = "hybrid",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Of the mechanism, such as window=32; again for more."),
-    ] = None,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Layer to convert without a plan, by name or number from 0 on; again for more. Default: all."
-        ),
-    ] = None,
+    option: MechanismOption = None,
+    layer: Layer = None,
     minutes: Annotated[
         float | None, typer.Option(help="Budget, everything included. Default: 15, without --steps.")
     ] = None,
@@ -61,10 +39,12 @@ def heal(
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; implies no progress.")] = False,
 ) -> None:
     """Convert a model and heal it: train it to give its original's outputs again.
+
+    Pass documents like those to be served.
 
     Writes the healed model into OUT/model, and heal.html, heal.md and heal.json into OUT.
     """

@@ -9,25 +9,12 @@ import typer
 
 from ..core.errors import MaclinError
 from . import console
+from .arguments import Data, Device, Model, Quiet
 
 
 def plan(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Directory that transformers or sentence-transformers can load; by default the packaged "
-            "all-MiniLM-L6-v2. Nothing is downloaded.",
-        ),
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILES",
-            help="Documents (.txt, .md, .jsonl) or directories of them, after MODEL. Default: the help texts that "
-            "ship with Python.",
-        ),
-    ] = None,
+    model: Model = None,
+    data: Data = None,
     speedup: Annotated[float | None, typer.Option(help="How many times as fast; the plan of least error.")] = None,
     of: Annotated[str, typer.Option(help="What is to be so much faster: attention, or the model.")] = "attention",
     tolerance: Annotated[
@@ -49,12 +36,12 @@ def plan(
         int | None, typer.Option(help="Tokens that costs are measured at. Default: the longest document.")
     ] = None,
     costs: Annotated[str, typer.Option(help="measured on this machine, or operations.")] = "measured",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     max_documents: Annotated[int, typer.Option(help="Use at most so many documents; a third calibrates.")] = 64,
     out: Annotated[Path, typer.Option(help="File of the plan, for maclin convert --plan.")] = Path("plan.json"),
     audit_out: Annotated[Path | None, typer.Option("--audit", help="Also write the audit to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace earlier files.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON; implies no progress.")] = False,
 ) -> None:
     """Decide what each layer becomes: the least error for a speed-up, or the least time for a tolerance.

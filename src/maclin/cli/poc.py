@@ -10,28 +10,15 @@ import typer
 
 from ..core.errors import OptionError
 from . import console
+from .arguments import Data, Device, Model, Quiet
 
 if TYPE_CHECKING:
     from ..records import Report
 
 
 def poc(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Directory that transformers or sentence-transformers can load; by default the packaged "
-            "all-MiniLM-L6-v2. Nothing is downloaded.",
-        ),
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILES",
-            help="Documents (.txt, .md, .jsonl) or directories of them, after MODEL. Default: the help texts that "
-            "ship with Python.",
-        ),
-    ] = None,
+    model: Model = None,
+    data: Data = None,
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -51,12 +38,12 @@ def poc(
     per_head: Annotated[
         bool, typer.Option("--per-head", help="Let the plan mix mechanisms within a layer, and keep heads exact.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("poc-report"),
     max_documents: Annotated[int, typer.Option(help="Use at most so many documents; half are held out.")] = 64,
     seconds_per_point: Annotated[float, typer.Option(help="Time to spend on each latency.")] = 0.5,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier report.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies no progress.")] = False,
 ) -> None:
     """Judge a model: what linear attention would cost it in accuracy, and save in time and memory.

@@ -14,11 +14,12 @@ from torch import Tensor
 from .confidence import CONFIDENCE
 from .design import Document, basis_of, spread_evenly
 from .kernels import Kernel
-from .maps import FLOOR, MaclaurinMap, StratifiedMap
+from .maps import MaclaurinMap
 from .prediction import OutputMoments, predicted_rel_error
 from .reference import softmax_attention
 from .selection import Selection
 from .stratified import Layer, Strata
+from .stratified_map import FLOOR, StratifiedMap
 from .unbiased import counts_of
 
 FEATURES_PER_AXIS = 16

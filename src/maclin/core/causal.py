@@ -23,6 +23,7 @@ from .contract import (
     log_gate_of,
     put,
 )
+from .native.causal_logs import causal_logs, takes_logs
 
 _CHUNK = 128  # tokens of a chunk: within it the similarities are exact and C x C
 
@@ -44,15 +45,38 @@ def attend_causal(
     if offset:
         prefix_mask = None if key_mask is None else key_mask[:, :offset]
         total = accumulate(k[:, :, :offset], v[:, :, :offset], features, prefix_mask, total)
+    k, v = k[:, :, offset:], v[:, :, offset:]
+    mask = None if key_mask is None else key_mask[:, offset:]
     fast = features.fast
-    if fast is not None and fast.has_causal and features.normaliser == "sum" and q.numel():
-        mask = None if key_mask is None else key_mask[:, offset:]
-        out, kv, z = fast.causal(q, k[:, :, offset:], v[:, :, offset:], mask, total.kv, total.z, features.floor)
-        new = total.count.new_full((q.shape[0],), q.shape[2]) if mask is None else mask.sum(-1)
-        return out.to(v.dtype), Sums(kv, z, total.log_scale, total.count + new)
+    if fast is not None and features.normaliser == "sum" and q.numel():
+        if fast.has_causal:
+            out, kv, z = fast.causal(q, k, v, mask, total.kv, total.z, features.floor)
+            return out.to(v.dtype), Sums(kv, z, total.log_scale, _counted(total.count, q, mask))
+        sides, specs = (fast.query.for_heads(q.shape[1]), fast.key), (fast.query_spec, fast.key_spec)
+        if features.post is None and takes_logs(q, k, v, mask, sides, specs):
+
+            def plain(
+                q: Tensor, k: Tensor, v: Tensor, kv: Tensor, z: Tensor, log_scale: Tensor
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                out, last = _chunk_by_chunk(q, k, v, features, mask, Sums(kv, z, log_scale, total.count))
+                return out, last.kv, last.z, last.log_scale
+
+            given = (total.kv, total.z, total.log_scale)
+            out, kv, z, log_scale = causal_logs(q, k, v, given, mask, sides, specs, plain)
+            return out, Sums(kv, z, log_scale, _counted(total.count, q, mask))
+    return _chunk_by_chunk(q, k, v, features, mask, total)
+
+
+def _counted(count: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
+    return count + (count.new_full((q.shape[0],), q.shape[2]) if mask is None else mask.sum(-1))
+
+
+def _chunk_by_chunk(
+    q: Tensor, k: Tensor, v: Tensor, features: Features, mask: Tensor | None, total: Sums
+) -> tuple[Tensor, Sums]:
     out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
     last = total
-    for _, reading, after in causal_readings(q, k[:, :, offset:], v[:, :, offset:], features, key_mask, total):
+    for _, reading, after in causal_readings(q, k, v, features, mask, total):
         put(out, reading, features)
         last = after
     return out.whole(), last

@@ -1,7 +1,6 @@
-"""Feature maps: frozen specifications plus flat tensors, applied to one block of tokens at a time.
+"""What random features are drawn from: degrees, signs and directions. ``core.maps`` makes maps of a draw.
 
-Every map takes x (B, H, n, D) and tensors with one draw per key head (Hk, ...), and returns (B, H, n, M);
-query head h uses the draw of its key head. Inputs are already scaled: <x, y> is the logit.
+Directions have one draw per key head, (Hk, D, ...); query heads share that of their key head.
 """
 
 from __future__ import annotations
@@ -13,19 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .algebra import per_key_head
 from .kernels import Kernel
 
 PUBLISHED_MAX_DEGREE = 20
-
-
-def taylor_features(x: Tensor, kernel: Kernel) -> Tensor:
-    """Constant and linear term, exactly: phi(x) = [sqrt(a_0), sqrt(a_1) x], so <phi(x), phi(y)> = a_0 + a_1 <x, y>.
-
-    Shape: x (..., D) -> (..., D + 1).
-    """
-    constant = x.new_full((*x.shape[:-1], 1), math.sqrt(kernel.coefficient(0)))
-    return torch.cat([constant, math.sqrt(kernel.coefficient(1)) * x], dim=-1)
 
 
 def elu_features(x: Tensor) -> Tensor:
@@ -39,7 +28,8 @@ class RandomMaclaurin:
     """Random Maclaurin features of a dot-product kernel (Kar & Karnick 2012, arXiv 1201.6530, algorithm 1).
 
     phi_i(x) = weight_i prod_{r <= n_i} <w_ir, x>, with w_ir Rademacher and weight_i = sqrt(a_n / expected number
-    of features of degree n), so that E <phi(x), phi(y)> = f(<x, y>) = sum_n a_n <x, y>^n.
+    of features of degree n), so that E <phi(x), phi(y)> = f(<x, y>) = sum_n a_n <x, y>^n. The maps themselves are
+    ``core.maps.maclaurin_maps``.
 
     Degrees are drawn once for all heads, largest first; the directions of each key head are its own. The
     directions of one rank r stand together, so that a block needs one matrix product and few multiplications.
@@ -74,39 +64,6 @@ class RandomMaclaurin:
         weights = torch.tensor(self.weights[:first], dtype=directions.dtype, device=directions.device)
         constant = directions.new_zeros(*directions.shape[:-1], len(self.degrees) - first)
         return torch.cat([directions[..., :first] * weights, constant, directions[..., first:]], dim=-1) * scale**0.5
-
-    def __call__(self, x: Tensor, columns: Tensor) -> Tensor:
-        """x (B, H, n, D) and what ``columns`` returned -> features (B, H, n, M).
-
-        In memory the tokens of a feature stand together: the products then run over long rows, and so do the
-        sums over tokens that follow.
-        """
-        counts, m = self.counts_by_rank, len(self.degrees)
-        first = counts[0] if counts else 0
-        projected = _tokens_last(x, columns)  # (B, H, columns, n)
-        product, higher = projected[..., :m, :], projected[..., m:, :].split(counts[1:], dim=-2)
-        constants = product.new_tensor(self.weights[first:])[:, None]
-        if torch.is_grad_enabled() and product.requires_grad:
-            powers = product[..., :first, :]
-            for rank in higher:
-                more = rank.shape[-2]
-                powers = torch.cat([powers[..., :more, :] * rank, powers[..., more:, :]], dim=-2)
-            constants = constants.expand(*powers.shape[:-2], m - first, powers.shape[-1])
-            return torch.cat([powers, constants], dim=-2).mT
-        for rank in higher:
-            product[..., : rank.shape[-2], :].mul_(rank)
-        product[..., first:, :] = constants
-        return product.mT
-
-
-def _tokens_last(x: Tensor, weight: Tensor) -> Tensor:
-    """weight^T x^T for x (B, H, n, P) and weight (Hk, P, R) -> (B, H, R, n), each head with its key head's weight."""
-    batch, heads, length, _ = x.shape
-    key_heads = weight.shape[0]
-    if heads == key_heads:
-        return weight.mT @ x.mT
-    grouped = x.unflatten(1, (key_heads, heads // key_heads))
-    return (weight.mT[:, None] @ grouped.mT).reshape(batch, heads, weight.shape[-1], length)
 
 
 @dataclass(frozen=True)
@@ -156,26 +113,6 @@ P(n) = 2^-(n+1), Kar & Karnick's law with p = 2; unbiased."""
 def rademacher(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Independent signs, +1 or -1 with probability 1/2 each, as float32."""
     return torch.randint(0, 2, shape, generator=generator).to(torch.float32) * 2 - 1
-
-
-def random_fourier_features(x: Tensor, frequencies: Tensor) -> Tensor:
-    """phi(x) = sqrt(2 / M) [sin(Wx), cos(Wx)] with M / 2 frequencies W, rows normal: E = exp(-|x - y|^2 / 2).
-
-    Shape: x (B, H, n, D), frequencies (Hk, D, M / 2) -> (B, H, n, M).
-    Source: Rahimi & Recht 2007; Peng et al. 2021, arXiv 2103.02143, section 2.
-    """
-    angles = per_key_head(x, frequencies)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1) * (1.0 / math.sqrt(frequencies.shape[-1]))
-
-
-def log_positive_features(x: Tensor, directions: Tensor) -> Tensor:
-    """Logarithm of positive features: log phi(x) = Wx - |x|^2 / 2 - log(M) / 2, with E <phi(x), phi(y)> = exp(<x, y>).
-
-    Shape: x (B, H, n, D), directions (Hk, D, M) -> (B, H, n, M).
-    Source: Choromanski et al. 2021, arXiv 2009.14794, lemma 1.
-    """
-    square = 0.5 * (x * x).sum(-1, keepdim=True) + 0.5 * math.log(directions.shape[-1])
-    return per_key_head(x, directions) - square
 
 
 def orthogonal_directions(num_heads: int, head_dim: int, num: int, generator: torch.Generator | None) -> Tensor:

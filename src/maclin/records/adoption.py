@@ -273,11 +273,10 @@ class Plan:
 
 
 def _shown(config: Config) -> str:
-    """Options behind a name; of a mechanism per head how many heads have what; of nested ones that there are some."""
+    """Options behind a name, without nested ones; of a mechanism per head how many heads have what."""
     groups = config.get("heads")
     if not isinstance(groups, list | tuple):
-        short = {key: "..." if isinstance(value, dict) else value for key, value in config.items()}
-        return shown_options(short, brackets=True)
+        return shown_options(config, brackets=True)
     parts = (f"{len(group['heads'])} {group['mechanism']}{_shown(group.get('options', {}))}" for group in groups)
     return f" ({', '.join(parts)})"
 

@@ -28,8 +28,13 @@ def text_table(columns: tuple[str, ...], rows: Sequence[tuple[Cell, ...]]) -> st
 
 
 def shown_options(config: Config, brackets: bool = False) -> str:
-    """Options as ``name=value``, by commas; with ``brackets`` as words to be put behind a name."""
+    """Options as ``name=value``, by commas; with ``brackets`` as words to be put behind a name.
+
+    Nested ones are left out: a hybrid is known by its window and sinks, and the rest is in the record.
+    """
     shown = ", ".join(
-        f"{name}={'+'.join(map(str, value)) if isinstance(value, list) else value}" for name, value in config.items()
+        f"{name}={'+'.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in config.items()
+        if not isinstance(value, dict)
     )
     return f" ({shown})" if brackets and shown else shown

@@ -244,7 +244,7 @@ def _key(error: MechanismError, names: dict[str, str]) -> str:
 
 
 def shown_config(config: Config) -> str:
-    """Options in brackets; features per degree as ``counts=1+32+66``, which also says how many there are."""
+    """Options in brackets, nested ones left out; of features ``counts=1+32+66``, those of each degree."""
     groups = config.get("heads")
     if isinstance(groups, list) and all(isinstance(group, dict) for group in groups):  # a mechanism per head
         parts = [
@@ -255,9 +255,7 @@ def shown_config(config: Config) -> str:
     for name, value in config.items():
         if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
             shown.append(f"{name}={'+'.join(map(str, value))}")
-        elif isinstance(value, dict):
-            shown.append(f"{name}=...")
-        elif not (name == "num_features" and config.get("counts") is not None):
+        elif not isinstance(value, dict) and not (name == "num_features" and config.get("counts") is not None):
             shown.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
     return f" ({', '.join(shown)})" if shown else ""
 

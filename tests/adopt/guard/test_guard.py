@@ -91,23 +91,41 @@ def test_layers_go_by_their_names_and_exact_ones_are_left_alone(tiny: Any) -> No
     first, second = (f"encoder.layer.{i}.attention.self" for i in range(2))
     maclin.convert_(model, {first: "softmax", second: "elu"})
     assert list(guard(model).watches) == [second]
+    unguard(model)
     maclin.convert_(model, "elu")
     assert list(guard(model).watches) == [first, second]
     watching = guarding(model, tolerance={second: 0.3})
     assert {name: watch.tolerance for name, watch in watching.watches.items()} == {second: 0.3}
 
 
-def test_another_conversion_leaves_the_guard_behind_and_it_says_so(tiny: Any) -> None:
+def test_a_guarded_model_is_not_converted_again(tiny: Any) -> None:
+    model, batch = tiny.make("bert"), tiny.batch((30, 12))
+    before = tiny.hidden(model, batch)
+    maclin.convert_(model, "elu")
+    converted = tiny.hidden(model, batch)
+    watching = guarding(model, tolerance=1e-6)
+    with pytest.raises(MaclinError, match=r"call maclin\.unguard first"):
+        maclin.convert_(model, "favor")
+    assert watching.active
+    torch.testing.assert_close(tiny.hidden(model, batch), before, atol=1e-5, rtol=0)
+    unguard(model)
+    assert torch.equal(tiny.hidden(model, batch), converted)
+    maclin.convert_(model, "favor")
+    with guarding(model, tolerance=1e-6) as watching:
+        assert [layer.mechanism for layer in watching.record().layers] == ["favor", "favor"]
+        torch.testing.assert_close(tiny.hidden(model, batch), before, atol=1e-5, rtol=0)
+
+
+def test_restoring_leaves_the_guard_behind_and_it_says_so(tiny: Any) -> None:
     model, batch = tiny.make("bert"), tiny.batch((30, 12))
     before = tiny.hidden(model, batch)
     maclin.convert_(model, "elu")
     watching = guarding(model, tolerance=1e-6)
     assert all(layer.attached for layer in watching.record().layers)
-    maclin.convert_(model, "favor")
-    assert not torch.equal(tiny.hidden(model, batch), before)
+    maclin.restore_(model)
+    assert torch.equal(tiny.hidden(model, batch), before)
     assert not any(layer.attached or layer.calls for layer in watching.record().layers)
-    with guarding(model, tolerance=1e-6) as watching:
-        torch.testing.assert_close(tiny.hidden(model, batch), before, atol=1e-5, rtol=0)
+    unguard(model)
     assert not any(layer.attached for layer in watching.record().layers)
 
 

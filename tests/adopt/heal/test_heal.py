@@ -37,7 +37,7 @@ def test_the_errors_are_those_of_the_model_that_comes_back(patients: Any, train:
     original = patients.tiny.make("bert")
     model, batches, held = patients.model(), patients.batches(), patients.batches(9)[6:]
     before = (embeddings(model, held) * embeddings(original, held)).sum(-1)
-    result = maclin.heal(model, batches, held, steps=8, train=train, recipe=SHORT)
+    result = maclin.heal(model, batches, held, steps=8, train=train, recipe=SHORT, precision="fp32")
     after = (embeddings(model, held) * embeddings(original, held)).sum(-1)
     assert result.measure == "1 - cosine"
     assert result.error_before == pytest.approx(1 - float(before.mean()), abs=1e-5)
@@ -88,7 +88,9 @@ def test_a_decoder_is_healed_by_its_logits(patients: Any) -> None:
         return total / len(held)
 
     before = divergence()
-    result = maclin.heal(model, batches[:3], held, steps=6, recipe=HealRecipe(transfer_steps=12, top_k=50))
+    result = maclin.heal(
+        model, batches[:3], held, steps=6, recipe=HealRecipe(transfer_steps=12, top_k=50), precision="fp32"
+    )
     assert result.measure == "KL divergence"
     assert result.error_before == pytest.approx(before, rel=1e-3)
     assert result.error_after == pytest.approx(divergence(), rel=1e-3)
@@ -221,7 +223,7 @@ def test_low_rank_adapters_are_merged(patients: Any, tmp_path: Path) -> None:
     original, model = patients.tiny.make("bert"), patients.model()
     names = list(model.state_dict())
     batches, held = patients.batches(), patients.batches(9)[6:]
-    result = maclin.heal(model, batches, held, steps=8, train="low_rank", recipe=SHORT, out=tmp_path)
+    result = maclin.heal(model, batches, held, steps=8, train="low_rank", recipe=SHORT, out=tmp_path, precision="fp32")
     assert list(model.state_dict()) == names
     assert result.error_after < result.error_before
     weights = dict(model.named_parameters())
@@ -255,9 +257,9 @@ def test_other_outputs_can_be_compared(patients: Any) -> None:
         ("tokens", lambda hidden, batch: hidden[batch["attention_mask"].bool()]),
     )
     for output, read in choices:
-        result = maclin.heal(patients.model(), batches, held, steps=0, output=output, recipe=SHORT)
+        result = maclin.heal(patients.model(), batches, held, steps=0, output=output, recipe=SHORT, precision="fp32")
         assert result.error_before == pytest.approx(cosine(read), abs=1e-5)
-    result = maclin.heal(patients.model(), batches, held, steps=0, output="none", recipe=SHORT)
+    result = maclin.heal(patients.model(), batches, held, steps=0, output="none", recipe=SHORT, precision="fp32")
     assert result.measure == "hidden states"
     with torch.no_grad():
         squares = []
@@ -281,10 +283,21 @@ def test_a_model_of_torch_s_own_layers(patients: Any) -> None:
     with torch.no_grad():
         wanted = model(**batches[4])[~padding]
     maclin.convert_(model, "hybrid", **HYBRID_OF_WINDOW_2)
-    result = maclin.heal(model, batches[:4], batches[4:], steps=3, train="features", recipe=SHORT)
+    result = maclin.heal(model, batches[:4], batches[4:], steps=3, train="features", recipe=SHORT, precision="fp32")
     assert result.measure == "1 - cosine per token"
     with torch.no_grad():
         found = model(**batches[4])[~padding]
     error = 1 - float(torch.nn.functional.cosine_similarity(found, wanted, dim=-1).mean())
     assert result.error_after == pytest.approx(error, abs=2e-4)
     assert result.error_after < result.error_before
+
+
+@pytest.mark.parametrize("train", ["all", "features"])
+def test_bfloat16_heals_as_well(patients: Any, train: Any) -> None:
+    batches, curves = patients.batches(8), []
+    for precision in ("fp32", "bf16", "auto"):
+        result = maclin.heal(patients.model(), batches, steps=6, train=train, recipe=SHORT, precision=precision)
+        curves.append([look.hidden_error for look in result.looks])
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
+    assert curves[1] != curves[0]
+    assert curves[2] in curves[:2]  # what the processor is best at

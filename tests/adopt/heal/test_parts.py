@@ -11,7 +11,8 @@ from torch import nn
 
 from maclin.adopt.heal import drift, unknown_id_of
 from maclin.adopt.heal.blocks import block_of, converted_layers
-from maclin.adopt.heal.losses import Comparison, chosen_readout, hidden_error, top_divergence
+from maclin.adopt.heal.divergence import largest, top_divergence
+from maclin.adopt.heal.losses import Comparison, chosen_readout, hidden_error
 from maclin.adopt.heal.settings import Budget, learning_rate
 from maclin.adopt.heal.transfer import exact_output, squares
 from maclin.adopt.hosts.base import AttentionCall
@@ -43,6 +44,32 @@ def test_divergence_of_few_classes_is_that_of_the_merged_ones() -> None:
     assert float(found) == pytest.approx(total, rel=1e-4)
     same = top_divergence(theirs, theirs.log_softmax(-1).gather(-1, index), index)
     assert float(same) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "kept", "size"), [(11, 11, 3.0), (9, 3, 3.0), (40, 5, 60.0), (5000, 7, 3.0)])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_derivatives_of_the_divergence(classes: int, kept: int, size: float, weight: float) -> None:
+    """Against autograd in float64 of the definition; some probabilities are too small for float32, some blocks cut."""
+    torch.manual_seed(0)
+    rows = 300
+    ours, theirs = (size * torch.randn(rows, classes, dtype=torch.float64) for _ in range(2))
+    index, top = largest(theirs.float(), kept)
+    torch.testing.assert_close(top.double(), theirs.log_softmax(-1).gather(-1, index), atol=1e-5, rtol=1e-5)
+    assert torch.equal(index, theirs.float().topk(kept, -1).indices)
+    ours.requires_grad_()
+    our_log, top64 = ours.log_softmax(-1).gather(-1, index), top.double()
+    wanted = (top64.exp() * (top64 - our_log)).sum(-1)
+    if kept < classes:
+        rest, our_rest = ((1.0 - x.exp().sum(-1)).clamp_min(1e-6) for x in (top64, our_log))
+        wanted = wanted + rest * (rest.log() - our_rest.log())
+    (of_wanted,) = torch.autograd.grad(weight * wanted.mean(), ours)
+    single = ours.detach().float().requires_grad_()
+    found = top_divergence(single, top, index)
+    (of_found,) = torch.autograd.grad(weight * found, single)
+    torch.testing.assert_close(found.double(), wanted.mean(), rtol=1e-4, atol=1e-6)
+    assert float((of_found - of_wanted).norm()) < 1e-3 * float(of_wanted.norm())
+    half = single.detach().bfloat16().requires_grad_()
+    assert torch.autograd.grad(top_divergence(half, top, index), half)[0].dtype == torch.bfloat16
 
 
 def test_hidden_errors_leave_padding_out() -> None:

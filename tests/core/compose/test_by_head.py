@@ -112,7 +112,8 @@ def test_draws_come_from_the_generator():
 def test_parts_learn_from_their_own_heads(qkv):
     q, k, v = (x.float() for x in qkv(60, 60, batch=6))
     options = {"ppsbn": False, "num_features": 20}
-    mech = by_head(["softmax", "softmax", ("macformer", options), ("macformer", options)])
+    generator = torch.Generator().manual_seed(0)
+    mech = by_head(["softmax", "softmax", ("macformer", options), ("macformer", options)], generator=generator)
     assert mech.learns_from_data
     assert not by_head(MIXED).learns_from_data
     learned = maclin.calibrate(mech, q, k, v)

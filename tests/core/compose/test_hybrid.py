@@ -108,7 +108,8 @@ def test_every_key_counts_once(linear: str, options: dict[str, Any], n: int, s: 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_window_over_everything_is_softmax(causal: bool) -> None:
     q, k, v, mask = inputs(60, 60)
-    mech = maclin.mechanism("hybrid", head_dim=D, num_heads=H, num_kv_heads=HK, window=60).double()
+    drawn = torch.Generator().manual_seed(0)
+    mech = maclin.mechanism("hybrid", head_dim=D, num_heads=H, num_kv_heads=HK, window=60, generator=drawn).double()
     exact = maclin.mechanism("softmax", head_dim=D, num_heads=H, num_kv_heads=HK).double()
     wanted = exact(3 * q, k, v, key_mask=mask, is_causal=causal)
     torch.testing.assert_close(mech(3 * q, k, v, key_mask=mask, is_causal=causal), wanted, rtol=1e-8, atol=1e-10)
@@ -117,7 +118,10 @@ def test_a_window_over_everything_is_softmax(causal: bool) -> None:
 def test_far_keys_of_any_size_leave_the_near_ones_alone() -> None:
     """What is taken off the sums again must not cost the digits of what stays."""
     q, k, v, _ = (x.float() for x in inputs(300, 300))
-    mech = maclin.mechanism("hybrid", head_dim=D, num_heads=H, num_kv_heads=HK, window=W, linear="favor")
+    drawn = torch.Generator().manual_seed(0)
+    mech = maclin.mechanism(
+        "hybrid", head_dim=D, num_heads=H, num_kv_heads=HK, window=W, linear="favor", generator=drawn
+    )
     k[:, :, 150:] *= 12  # positive features of such keys overflow, were they no logarithms
     out = mech(q, k, v, is_causal=True)
     alone = mech(q[:, :, :150], k[:, :, :150], v[:, :, :150], is_causal=True)
@@ -134,7 +138,9 @@ def test_calibration_lowers_the_error_of_structured_keys() -> None:
     exact = maclin.mechanism("softmax", head_dim=D, num_heads=H)(q, k, v)
     errors: list[float] = []
     for linear, options in (("macformer", None), ("hedgehog", {"num_features": 32})):
-        mech = maclin.mechanism("hybrid", head_dim=D, num_heads=H, window=8, linear=linear, linear_options=options)
+        mech = maclin.mechanism(
+            "hybrid", head_dim=D, num_heads=H, window=8, linear=linear, linear_options=options, generator=generator
+        )
         learned = maclin.calibrate(mech, q[:5], k[:5], v[:5])
         with torch.no_grad():
             before, after = (float((m(q, k, v) - exact)[5:].norm() / exact[5:].norm()) for m in (mech, learned))

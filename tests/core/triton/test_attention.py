@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maclin.core.features import RandomMaclaurin, rademacher
+from maclin.core.maps import maclaurin_maps
 from maclin.core.triton.attention import attend, attend_backward, causal, causal_backward
 from maclin.core.triton.launch import Blocks
 from maclin.core.triton.products import of_columns
@@ -112,10 +113,11 @@ def test_some_rows_of_the_case_with_a_floor_need_it(problem, tensors, device):
 def test_the_table_of_random_maclaurin_features(rel_error, device):
     generator = torch.Generator().manual_seed(0)
     plain = RandomMaclaurin((5, 3, 2, 2, 1, 1, 1, 0, 0), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1))
-    columns = plain.columns(rademacher((2, 6, plain.num_directions), generator), 0.5)
+    directions = rademacher((2, 6, plain.num_directions), generator)
+    columns = plain.columns(directions, 0.5)
     f = of_columns(plain.counts_by_rank, plain.weights[plain.counts_by_rank[0] :], columns.to(device))
     x, v = (torch.randn(1, 2, 20, width, generator=generator).to(device) for width in (6, 3))
     _, sums = attend(f, f, x, x, v, blocks=SMALL)
-    phi = plain(x.double().cpu(), columns.double())
+    phi = maclaurin_maps(plain, directions, 0.5).of_queries(x.double().cpu())
     assert rel_error(sums[0].cpu(), phi.mT @ v.double().cpu()) < 1e-5
     assert rel_error(sums[1].cpu(), phi.sum(2)) < 1e-5

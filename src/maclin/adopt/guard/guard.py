@@ -19,11 +19,9 @@ from maclin.adopt.guard.options import GuardOptions
 from maclin.adopt.guard.outside import outside
 from maclin.adopt.guard.text import json_lines, prometheus
 from maclin.adopt.guard.watch import Flag, Watch
-from maclin.adopt.hosts.base import Batch
+from maclin.adopt.hosts.base import GUARD, Batch
 from maclin.core.errors import InputError, MaclinError
 from maclin.records import GuardRecord
-
-_GUARD = "_maclin_guard"
 
 
 class GuardWarning(UserWarning):
@@ -83,11 +81,11 @@ class Guard:
     @property
     def active(self) -> bool:
         """Whether the model is guarded by this guard."""
-        return self.root.__dict__.get(_GUARD) is self
+        return self.root.__dict__.get(GUARD) is self
 
     def attach(self) -> None:
         """Guard the model, in place of whatever guarded it before."""
-        before = self.root.__dict__.get(_GUARD)
+        before = self.root.__dict__.get(GUARD)
         if before is self:
             return
         if before is not None:
@@ -98,7 +96,7 @@ class Guard:
             self.root.register_forward_pre_hook(self._begin),
             self.root.register_forward_hook(self._end, always_call=True),
         ]
-        self.root.__dict__[_GUARD] = self
+        self.root.__dict__[GUARD] = self
 
     def remove(self) -> None:
         """Unguard the model; the counters stay. Nothing happens where it was done already."""
@@ -109,7 +107,7 @@ class Guard:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        del self.root.__dict__[_GUARD]
+        del self.root.__dict__[GUARD]
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Take what the layers see on these batches as what is usual; runs the model on each, without acting.
@@ -351,7 +349,7 @@ def unguard(model: nn.Module) -> None:
     Raises:
         MaclinError: the model is not guarded.
     """
-    found = root_of(model).__dict__.get(_GUARD)
+    found = root_of(model).__dict__.get(GUARD)
     if found is None:
         raise MaclinError(f"wanted a model that maclin.guard guards, got a {type(model).__name__} that is not")
     found.remove()

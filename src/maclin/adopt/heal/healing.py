@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -154,12 +155,17 @@ class Healing:
 
     def _own_teacher(self) -> Teacher:
         """The model itself as its original."""
+        autocast = self._autocast
         if self.train == "all":
-            options = (self._initial, self.folder / "targets", self.recipe.chunk, self.recipe.cache_bytes)
+            options = (self._initial, self.folder / "targets", self.recipe.chunk, self.recipe.cache_bytes, autocast)
             return DiskTeacher(self.model, self.batches, self.comparison, *options)
         if self.has_adapters:
-            return LiveTeacher(self.model, self.batches, self.comparison, partial(switched_off, self.model.root))
-        return LiveTeacher(self.model, self.batches, self.comparison)
+            off = partial(switched_off, self.model.root)
+            return LiveTeacher(self.model, self.batches, self.comparison, off, autocast)
+        return LiveTeacher(self.model, self.batches, self.comparison, autocast=autocast)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return self.accelerator.autocast()
 
     # looking
 
@@ -229,7 +235,7 @@ class Healing:
         if teacher == "auto":
             return None
         watched = copied(self.model) if isinstance(teacher, str) else other_model(teacher, self.model)
-        return LiveTeacher(watched, self.batches, self.comparison)
+        return LiveTeacher(watched, self.batches, self.comparison, autocast=self._autocast)
 
     def _save_if_due(self) -> None:
         if time.monotonic() - self.saved_at > max(_SAVE_SECONDS, self.save_took / _SAVE_SHARE):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from maclin.adopt.hosts.base import Batch
 
 from .blocks import Output, Run, first_tensor
+from .divergence import largest, top_divergence
 from .settings import Readout
 
 MEASURES = {
@@ -98,9 +99,8 @@ class Comparison:
         if self.readout != "logits":
             return Target(hidden, self._vectors(run.output, batch).detach())
         logits = _judged_logits(run.output, batch)
-        top = min(self.top_k, logits.shape[-1])
-        index = logits.topk(top, dim=-1).indices
-        return Target(hidden, _log_probabilities(logits, index), index)
+        index, found = largest(logits, min(self.top_k, logits.shape[-1]))
+        return Target(hidden, found, index)
 
     def errors(self, run: Run, target: Target, batch: Batch) -> Errors:
         """Errors of a run of the converted model."""
@@ -153,47 +153,33 @@ def token_mask(batch: Batch, hidden: Tensor) -> Tensor | None:
     for key in ("attention_mask", "decoder_attention_mask"):
         mask = batch.get(key)
         if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
-            return mask.to(hidden.device, torch.bool)
+            return _or_none(mask.to(hidden.device, torch.bool))
     for key in ("src_key_padding_mask", "key_padding_mask"):  # torch's own: True = ignore
         mask = batch.get(key)
         if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2] and mask.dtype == torch.bool:
-            return ~mask.to(hidden.device)
+            return _or_none(~mask.to(hidden.device))
     return None
+
+
+def _or_none(mask: Tensor) -> Tensor | None:
+    """None where all are real; a GPU, which would have to be waited for, is not asked."""
+    return None if mask.device.type == "cpu" and bool(mask.all()) else mask
 
 
 def hidden_error(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
     """||x - x'||² / ||x' - mean(x')||² over the real tokens of a batch."""
-    weight = theirs.new_ones(theirs.shape[:2]) if mask is None or theirs.dim() != 3 else mask.to(theirs.dtype)
-    weight = weight[..., None] if theirs.dim() == 3 else theirs.new_ones(())
+    difference = ours.float() - theirs
     dims = tuple(range(theirs.dim() - 1))
-    count = weight.sum() if theirs.dim() == 3 else theirs[..., 0].numel()
-    centre = (theirs * weight).sum(dims, keepdim=True) / count
-    spread = ((theirs - centre).square() * weight).sum()
+    if mask is None or theirs.dim() != 3:
+        spread = theirs - theirs.mean(dims)
+    else:
+        weight = mask[..., None].to(theirs.dtype)
+        spread = (theirs - (theirs * weight).sum(dims) / weight.sum()) * weight
+        difference = difference * weight
     tiny = torch.finfo(torch.float32).tiny
-    return ((ours.float() - theirs).square() * weight).sum() / spread.clamp_min(tiny)
-
-
-def top_divergence(logits: Tensor, top: Tensor, index: Tensor) -> Tensor:
-    """Mean KL divergence in nats of the original from ours, all but the original's largest classes taken as one.
-
-    Shape: logits (T, V), top and index (T, K). Equal to the divergence of all classes where K = V; below it otherwise.
-    """
-    ours = _log_probabilities(logits, index)
-    found = (top.exp() * (top - ours)).sum(-1)
-    if index.shape[-1] < logits.shape[-1]:
-        rest, our_rest = _rest(top), _rest(ours)
-        found = found + rest.exp() * (rest - our_rest)
-    return found.mean()
-
-
-def _log_probabilities(logits: Tensor, index: Tensor) -> Tensor:
-    """Of some classes; logits (T, V) are large, so no second tensor of their size is made."""
-    return logits.gather(-1, index).float() - logits.float().logsumexp(-1, keepdim=True)
-
-
-def _rest(log_probabilities: Tensor) -> Tensor:
-    """Logarithm of the probability that is left beside these classes."""
-    return (1.0 - log_probabilities.exp().sum(-1)).clamp_min(1e-6).log()
+    # by norms, whose derivative is one pass over the tensor
+    of_difference, of_spread = (torch.linalg.vector_norm(x).square() for x in (difference, spread))
+    return of_difference / of_spread.clamp_min(tiny)
 
 
 def _logits(output: Output) -> Tensor | None:

@@ -17,7 +17,6 @@ from maclin.adopt.hosts.base import Batch
 from maclin.core.errors import OptionError
 from maclin.progress import Progress, Silent
 from maclin.records import Config, HealResult
-from maclin.training.machine import Precision
 from maclin.training.stopping import StopSignals
 
 from .blocks import Model
@@ -26,7 +25,7 @@ from .dense import dense_hybrids
 from .drift import drift
 from .healing import LAST_NAME, Healing
 from .losses import Read
-from .settings import Budget, HealRecipe, Readout, Train
+from .settings import Budget, HealPrecision, HealRecipe, Readout, Train, chosen_precision
 from .state import (
     digest,
     digest_batches,
@@ -49,7 +48,7 @@ def heal(
     recipe: HealRecipe | None = None,
     unknown_id: int | None = None,
     seed: int = 0,
-    precision: Precision = "fp32",
+    precision: HealPrecision = "auto",
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -84,7 +83,8 @@ def heal(
         recipe: learning rates and the like.
         unknown_id: what the tokenizer gives for what it does not know, to warn of text in another language.
         seed: of the order of the batches.
-        precision: "fp32", or "bf16" by autocast.
+        precision: of distillation: "fp32", or "bf16" by autocast (weights, moments and sums stay in fp32); "auto" takes
+            bf16 on a processor with matrix units for it, and fp32 elsewhere.
         out: directory of checkpoints; needed to resume.
         resume: go on from the checkpoint in ``out``, if there is one; the model is to be converted as it was then.
         progress: is told of each step.
@@ -110,6 +110,7 @@ def heal(
         raise OptionError(f"teacher is {teacher!r}; wanted 'auto', 'copy', or the original as a model")
     found, held = checked_batches(batches, held_out)
     seen = Model(model, layers)
+    chosen = chosen_precision(precision, seen.device)
     check_train(seen, train)
     if teacher == "auto" and is_healed(seen.root):
         raise OptionError(
@@ -127,7 +128,7 @@ def heal(
         "output": "own" if callable(output) else output,
         "teacher": teacher if isinstance(teacher, str) else digest(teacher),
         "seed": seed,
-        "precision": precision,
+        "precision": chosen,
         "recipe": recipe.as_config(),
     }
     with ExitStack() as stack:
@@ -138,7 +139,7 @@ def heal(
         stack.enter_context(dense_hybrids(seen.root))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         signals = stack.enter_context(StopSignals())
-        healing = Healing(seen, found, held, train, output, metric, recipe, budget, seed, precision, folder, identity)
+        healing = Healing(seen, found, held, train, output, metric, recipe, budget, seed, chosen, folder, identity)
         result = healing.through(teacher, signals, progress or Silent())
     return _finished(result, drift(found, held, unknown_id))
 

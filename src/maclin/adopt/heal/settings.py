@@ -6,13 +6,17 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+import torch
+
 from maclin.core.errors import OptionError
 from maclin.records import Config
+from maclin.training.machine import Precision
 from maclin.training.schedule import rate
 
 Train = Literal["all", "low_rank", "features"]
 Readout = Literal["auto", "embedding", "tokens", "logits", "none"]
 Inputs = Literal["teacher", "student"]
+HealPrecision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,19 @@ def learning_rate(done: float, warm_up: float) -> float:
     """Factor of the learning rate where a share of the budget is used: a linear rise, then a cosine to 0."""
     fine = 10_000  # the schedule is a function of steps; a budget in minutes has none
     return rate(min(int(done * fine), fine - 1), fine, "cosine", warm_up)
+
+
+def chosen_precision(wanted: HealPrecision, device: torch.device) -> Precision:
+    """bf16 where "auto" finds a processor with matrix units for it, which multiply several times as fast as in fp32.
+
+    Raises:
+        OptionError: an unknown precision.
+    """
+    check_one_of("precision", wanted, get_args(HealPrecision))
+    if wanted != "auto":
+        return wanted
+    has_units = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return "bf16" if has_units else "fp32"
 
 
 def check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:

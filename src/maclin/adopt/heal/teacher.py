@@ -44,6 +44,7 @@ class LiveTeacher:
         batches: to heal on.
         comparison: makes the targets.
         off: context in which the model's weights are the original's, for adapters that can be switched off.
+        autocast: context that it runs in.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class LiveTeacher:
         batches: Sequence[Batch],
         comparison: Comparison,
         off: Callable[[], AbstractContextManager[object]] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.model, self.batches, self.comparison, self.off = model, batches, comparison, off
+        self.autocast = autocast
 
     def target(self, index: int, upcoming: Sequence[int]) -> Target:
         """What the original gives on a batch."""
-        with self.off():
+        with self.off(), self.autocast():
             return self.comparison.target(self.model.run_exact(self.batches[index]), self.batches[index])
 
 
@@ -75,6 +78,7 @@ class DiskTeacher:
         folder: of the targets.
         chunk: batches at a time.
         cache_bytes: of targets, at the most (but at least one batch's).
+        autocast: context that the original runs in.
     """
 
     def __init__(
@@ -86,10 +90,11 @@ class DiskTeacher:
         folder: Path,
         chunk: int,
         cache_bytes: int,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.model, self.batches, self.comparison = model, batches, comparison
         self.original, self.folder = original, folder
-        self.chunk, self.cache_bytes = chunk, cache_bytes
+        self.chunk, self.cache_bytes, self.autocast = chunk, cache_bytes, autocast
         self.kept: dict[int, int] = {}  # bytes by batch, the oldest first
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -104,7 +109,8 @@ class DiskTeacher:
         with self._original_weights():
             for index in wanted:
                 batch = self.batches[index]
-                target = self.comparison.target(self.model.run_exact(batch), batch)
+                with self.autocast():
+                    target = self.comparison.target(self.model.run_exact(batch), batch)
                 size = save_target(self._path(index), target)
                 fresh.add(index)
                 self.kept[index] = size

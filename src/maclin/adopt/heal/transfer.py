@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from maclin.adopt.calibrate import learned, only, sampled
+from maclin.adopt.calibrate import SEQUENCES, learned, only, sampled
 from maclin.adopt.capture import token_mask
 from maclin.adopt.exact import actual_scale, allowed_keys
 from maclin.adopt.hosts import host
@@ -23,7 +23,7 @@ from maclin.progress import Progress
 from maclin.records import HealLayer
 from maclin.training.schedule import mixed_seed
 
-from .blocks import Layer, Model
+from .blocks import Layer, Model, shape_of
 from .settings import Budget, HealRecipe, learning_rate
 from .state import HealState, mechanism_parameters, mechanisms_of, packed, put_mechanisms
 
@@ -163,7 +163,7 @@ class Transfer:
             return {}
         known = {layer.name: layer for layer in self._described() if layer.name in pupils}
         tried: dict[str, Mechanism] = {}
-        for layer, sample in sampled(self.model.given, list(self.batches), list(known.values())):
+        for layer, sample in sampled(self.model.given, _spread(self.batches), list(known.values())):
             pupil = pupils[layer.name]
             try:
                 made = learned(unpacked_copy(pupil), sample)
@@ -247,6 +247,13 @@ class Transfer:
                 row["note"] = "trained" if row["note"] in ("", "trained") else "calibrated, trained"
                 layer = next(layer for layer in self.model.layers if layer.name == name)
                 self.best[name] = packed(layer.mechanism)
+
+
+def _spread(batches: Sequence[Batch]) -> list[Batch]:
+    """As many as hold the sequences that calibration looks at, evenly spread."""
+    size = max((shape_of(batches[0]) or (1,))[0], 1)
+    wanted = min(-(-SEQUENCES // size), len(batches))
+    return [batches[(2 * i + 1) * len(batches) // (2 * wanted)] for i in range(wanted)]
 
 
 def _parts(calls: Mapping[str, Sequence[AttentionCall]], tokens: int) -> Iterator[Part]:

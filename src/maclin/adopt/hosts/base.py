@@ -11,6 +11,9 @@ from torch import Tensor, nn
 MECHANISM = "maclin_mechanism"
 """Name under which a converted attention module holds its mechanism, as an ordinary submodule."""
 
+GUARD = "_maclin_guard"
+"""Name under which a guarded model holds its guard, as an ordinary attribute."""
+
 Batch = Mapping[str, Any] | Tensor
 """Keyword arguments of the model's forward, or its one main input."""
 

@@ -14,9 +14,11 @@ from ..blocks import OutBlocks, token_blocks
 from ..causal import causal_readings
 from ..contract import Features, Reading, Sums, accumulate, combine, empty_sums, put
 from ..errors import InputError, OptionError
+from ..fast.maps import Maps
 from ..mechanisms.base import Exponent, FeatureMechanism, Mechanism, State
 from ..mechanisms.hedgehog import Hedgehog
-from ..native.band import Window, band, causal_band, takes_band
+from ..native.band import Problem
+from ..native.band_op import band, takes_band
 from ..sinks import Sinks, sinks_of
 from ..transfer import transfer
 from .band import BLOCK, Tokens, banded_reading, near_reading, sink_reading
@@ -95,7 +97,7 @@ class Hybrid(Mechanism):
             "window": window,
             "sinks": sinks,
             "linear": linear,
-            "linear_options": self.linear.config,
+            "linear_options": row(linear).differing(self.linear.config),
             "balance": balance,
         }
         self.log_balance = nn.Parameter(torch.zeros(num_heads)) if balance == "learned" else None
@@ -129,7 +131,7 @@ class Hybrid(Mechanism):
             key_mask = sinks_of(k, v, Tokens.of(k, v, key_mask).mask, self.sinks)[1]
         learned = self.linear.calibrated(q, k, v, key_mask, is_causal=is_causal, scale=scale)
         made.linear = _checked(learned)
-        made.config["linear_options"] = learned.config
+        made.config["linear_options"] = row(learned.name).differing(learned.config)
         return made
 
     def cost(self, num_queries: int, num_keys: int, value_dim: int) -> int:
@@ -148,8 +150,12 @@ class Hybrid(Mechanism):
             sinks, key_mask = sinks_of(*tokens, self.sinks)
             tokens = tokens._replace(mask=key_mask)
         maps = features.fast
-        if maps is not None and takes_band(maps, q, k, v, key_mask, self.log_balance):
-            return band(maps, q, k, v, key_mask, self._window(q, k, exponent, sinks), features.floor)
+        if maps is not None and takes_band(maps, q, k, v, key_mask, apart=exponent.scale is None):
+            kv, z, _ = maps.sums(k, v, key_mask)
+            if sinks is not None:  # every query sees them
+                sinks = sinks._replace(position=torch.full_like(sinks.position, -1))
+            problem = self._problem(q, k, v, key_mask, kv, z, sinks, features, maps, exponent, is_causal=False)
+            return band(problem)[0]
         out = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
 
         def of_sinks(rows: slice) -> list[Reading]:
@@ -197,12 +203,11 @@ class Hybrid(Mechanism):
         if sinks is not None:
             sinks = sinks._replace(position=sinks.position - offset)  # of query 0
         maps = features.fast
-        if maps is not None and takes_band(maps, q, tokens.k, tokens.v, tokens.mask, self.log_balance):
-            near = tokens.cut(offset, total)
-            window = self._window(q, near.k, exponent, sinks)
-            out, kv, z = causal_band(maps, q, *near, window, features.floor, sums.kv, sums.z)
+        if maps is not None and takes_band(maps, q, *tokens, apart=exponent.scale is None):
+            near, bare = tokens.cut(offset, total), maps.bare(sums.kv, sums.z)
+            out, *after = band(self._problem(q, *near, *bare, sinks, features, maps, exponent, is_causal=True))
             count = sums.count + leaving.mask[:, offset:].sum(-1).to(sums.count.dtype)
-            return out, (*kept, kv, z, sums.log_scale, count)
+            return out, (*kept, *maps.weighted(*after), sums.log_scale, count)
         whole = OutBlocks(v, (*q.shape[:-1], v.shape[-1]))
         for rows, reading, after in self._far(q, leaving.cut(offset, new), features, exponent, sums=sums):
             start, stop = rows.start + offset + 1, rows.stop + offset + self.window + 1
@@ -233,11 +238,32 @@ class Hybrid(Mechanism):
                 reading = reading._replace(log_scale=shift if own is None else own + shift)
             yield rows, reading, after
 
-    def _window(self, q: Tensor, k: Tensor, exponent: Exponent, sinks: Sinks | None) -> Window:
-        """For the compiled kernel."""
+    def _problem(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        kv: Tensor,
+        z: Tensor,
+        sinks: Sinks | None,
+        features: Features,
+        maps: Maps,
+        exponent: Exponent,
+        *,
+        is_causal: bool,
+    ) -> Problem:
+        """For the compiled kernels."""
+        plain, heads = exponent.scale is not None, q.shape[1]
+        left, right = (None, None) if plain else (exponent.query(q), exponent.key(k))
+        sink_right, sink_v, sink_mask, sink_position = None, None, None, None
         if sinks is not None:
-            sinks = sinks._replace(k=exponent.key(sinks.k))
-        return Window(exponent.query(q), exponent.key(k), self._shift(q, exponent), self.window, sinks)
+            sink_right, sink_v, sink_mask, sink_position = exponent.key(sinks.k), *sinks[1:]
+        return Problem(
+            q, k, v, key_mask, left, right, self._shift(q, exponent), maps.weights(kv, heads), kv, z, maps.gamma,
+            maps.beta, sink_right, sink_v, sink_mask, sink_position, maps.query.for_heads(heads), maps.key,
+            maps.query_spec, maps.key_spec, exponent.scale or 1.0, features.floor, self.window, is_causal,
+        )  # fmt: skip
 
     def _shift(self, q: Tensor, exponent: Exponent) -> Tensor | None:
         """Logarithm of what features of queries q (B, H, n, D) lack on the scale of the exponentials; None for 0."""

@@ -68,6 +68,11 @@ class Row:
         parameters = inspect.signature(self.cls).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "generator"}
 
+    def differing(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a configuration's options that are not the defaults: with them a mechanism is built alike."""
+        defaults = self.options
+        return {key: value for key, value in config.items() if key not in defaults or value != defaults[key]}
+
 
 _ROWS: dict[str, Row] = {
     "softmax": Row(Softmax, "exact softmax attention, fused", linear=False, baseline=True),

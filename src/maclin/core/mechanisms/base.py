@@ -287,17 +287,19 @@ class Exponent(NamedTuple):
     """What features estimate, where it is an exponential: <phi(q), phi(k)> exp(left_out(q)) ~ exp(<query(q), key(k)>).
 
     query maps (B, H, n, D), key (B, Hk, n, D) to as many vectors; left_out gives (B, H, n), None where it is 0: a
-    factor of a query cancels under one normaliser, so that features need not have it.
+    factor of a query cancels under one normaliser, so that features need not have it. scale is that of <q, k> where
+    query and key do nothing else; None where they do.
     """
 
     query: Callable[[Tensor], Tensor]
     key: Callable[[Tensor], Tensor]
     left_out: Callable[[Tensor], Tensor] | None = None
+    scale: float | None = None
 
     @classmethod
     def of_product(cls, scale: float) -> Exponent:
         """exp(scale q k)."""
-        return cls(lambda q: q * scale, lambda k: k)
+        return cls(lambda q: q * scale, lambda k: k, None, scale)
 
 
 class FeatureMechanism(Mechanism):

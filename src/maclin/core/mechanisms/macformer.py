@@ -30,10 +30,11 @@ from ..fast.maps import Maps
 from ..features import DEGREE_LAWS
 from ..kernels import Kernel
 from ..kernels import kernel as kernel_of
-from ..maps import DrawnMap, MaclaurinMap, StratifiedMap, TaylorMap
+from ..maps import DrawnMap, MaclaurinMap, TaylorMap
 from ..norms import BatchStatistics, PostScale, batch_standardise, token_standardise
 from ..prediction import predicted_rel_error
 from ..stratified import assumed
+from ..stratified_map import StratifiedMap
 from ..unbiased import counts_of
 from .base import Exponent, FeatureMechanism, State, check_choice, kernel_option
 
@@ -226,7 +227,7 @@ class Macformer(FeatureMechanism):
         """The maps, ppSBN's first half included; ``moments`` (of q, of k) replace the running statistics."""
         self._check_domain(scale)
         post = None if self.post is None or self.post.is_identity() else self.post
-        if moments is None and not torch.is_grad_enabled():
+        if moments is None and not (torch.is_grad_enabled() and self._learns()):
             maps = self.kept_maps(lambda: self._maps(scale, None), scale, *self._tensors())
         else:
             maps = self._maps(scale, moments)
@@ -242,13 +243,17 @@ class Macformer(FeatureMechanism):
             return None
         query, key = self._normalisers(scale, None)
         centre = self.map.k_centre if isinstance(self.map, StratifiedMap) and self.map.centred else None
+        plain = None if self.ppsbn or self.log_temperature is not None else scale
         if centre is None:
-            return Exponent(lambda q: query(q) * scale, key)
+            return Exponent(lambda q: query(q) * scale, key, None, plain)
 
         def left_out(q: Tensor) -> Tensor:
             return per_key_head(query(q), centre.to(q.dtype)[..., None])[..., 0] * scale
 
-        return Exponent(lambda q: query(q) * scale, key, left_out)
+        return Exponent(lambda q: query(q) * scale, key, left_out, plain)
+
+    def _learns(self) -> bool:
+        return any(x is not None and x.requires_grad for x in self._tensors())
 
     def _tensors(self) -> Iterator[Tensor | None]:
         """What the maps depend on."""

@@ -8,9 +8,15 @@ from torch import Tensor
 from ..algebra import whole_mask
 from ..blocks import OutBlocks
 from ..errors import InputError, OptionError
+from ..fast.maps import Maps
+from ..fast.spec import Side, Spec
 from ..fused import fused_attention
+from ..native.band import Problem
+from ..native.band_op import band, takes_band
 from ..sinks import Sinks, sinks_of, sinks_seen
 from .base import Mechanism, State
+
+_NO_FEATURES = Maps(Spec("product"), Spec("product"))
 
 
 class Window(Mechanism):
@@ -108,6 +114,8 @@ class Window(Mechanism):
         sinks: Sinks | None,
         is_causal: bool,
     ) -> Tensor:
+        if takes_band(_NO_FEATURES, q, k, v, key_mask, apart=False):
+            return self._by_kernels(q, k, v, key_mask, scale, sinks, is_causal)
         length, total = q.shape[2], k.shape[2]
         block = max(2 * self.window, 64)  # as many queries as they share keys beyond the band
         offset = total - length
@@ -132,6 +140,28 @@ class Window(Mechanism):
             part = fused_attention(q[:, :, start:stop], keys, values, allowed, scale=scale)
             out.add(part.masked_fill(~allowed.any(-1, keepdim=True), 0.0))
         return out.whole()
+
+    def _by_kernels(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, sinks: Sinks | None, causal: bool
+    ) -> Tensor:
+        """As a hybrid without features."""
+        offset = k.shape[2] - q.shape[2]
+        if causal:  # the keys before the first query's own are window + 1 in number
+            front = self.window + 1 - offset
+            mask = torch.nn.functional.pad(whole_mask(k, key_mask), (front, 0))
+            k, v, key_mask = *(torch.nn.functional.pad(x, (0, 0, front, 0)) for x in (k, v)), mask
+        sink_k, sink_v, sink_mask, position = None, None, None, None
+        if sinks is not None:
+            sink_k, sink_v, sink_mask, position = sinks
+            position = position - offset if causal else torch.full_like(position, -1)
+        nothing = k.new_empty(*k.shape[:2], 0, v.shape[3], dtype=torch.float32)
+        return band(
+            Problem(
+                q, k, v, key_mask, None, None, None, None, nothing, nothing[..., 0], None, None,
+                sink_k, sink_v, sink_mask, position, Side(), Side(), Spec("product"), Spec("product"),
+                scale, 0.0, self.window, causal,
+            )
+        )[0]  # fmt: skip
 
     def cost(self, num_queries: int, num_keys: int, value_dim: int) -> int:
         """N x min(S, keys of a block and sinks) x (D + Dv)."""

@@ -72,9 +72,11 @@ static void through_norm(const Map& map, long head, const Block& block, float* d
   }
 }
 
-// From the derivatives of the features, which are overwritten, to those of x, written to its tensor.
+// From the derivatives of the features, which are overwritten, to those of x, written to its tensor; more (head_dim, T)
+// is added.
 static void through_features(const Map& map, long head, const Block& block, Derivative& d, bool of_keys,
-                             const float* of_log_weight, const Array& to, long b, long h, long first, long count) {
+                             const float* of_log_weight, const Array& to, long b, long h, long first, long count,
+                             const float* more = nullptr) {
   const long D = map.head_dim, P = map.projections, F = map.features();
   const float scale = (float)map.scale;
   float* dx = d.x;
@@ -125,6 +127,7 @@ static void through_features(const Map& map, long head, const Block& block, Deri
     for (long i = 0; i < D; i++) store(dx + i * T + t, load(dx + i * T + t) + load(block.x + i * T + t) * total);
   }
   through_norm(map, head, block, dx);
+  for (long i = 0; more && i < D * T; i += VW) store(dx + i, load(dx + i) + load(more + i));
   turn(dx, T, up(D), T, d.turned, up(D));
   if (of_keys)
     for (long t = 0; t < count; t++)

@@ -34,8 +34,10 @@ class _Accumulate(ctypes.Structure):
     ]
 
 
-class _Causal(ctypes.Structure):
-    _fields_ = [  # ``Causal`` of causal.h
+class CausalStruct(ctypes.Structure):
+    """``Causal`` of causal.h."""
+
+    _fields_ = [
         *((name, c_int64) for name in ("size", "batch", "heads", "key_heads", "length", "width", "splits")),
         ("query", MapStruct),
         ("key", MapStruct),
@@ -163,40 +165,65 @@ def read(
     return out
 
 
-def causal(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Out (B, H, N, Dv) of this dtype, and the sums after the last token; None where torch is to compute them."""
+def takes_causal(problem: Problem, dtype: torch.dtype) -> bool:
+    """Whether the kernels take this."""
     q, k, v, key_mask, weights, kv, z, finish, query, key, query_spec, key_spec = problem
     given = [x for x in (weights, kv, z, finish.gamma, finish.beta) if x is not None]
     if not takes_keys(k, v, key_mask, key, key_spec) or not takes(query_spec, query, q, *given) or dtype != q.dtype:
-        return None
-    if not q.numel() or not kv.numel():
-        return None
-    batch, heads, length, head_dim = q.shape
-    rows = batch * k.shape[1]
-    # several pieces per head need their sums first, which is worth it only where threads would have nothing to do
-    splits = pieces(length, rows) if rows < torch.get_num_threads() else 1
-    kv, z = floats(kv)[None], floats(z)[None]
+        return False
+    return q.numel() > 0 and kv.numel() > 0
+
+
+def splits_of(problem: Problem) -> int:
+    """Pieces of each head, which need their sums first: only where threads would have nothing to do."""
+    rows = problem.k.shape[0] * problem.k.shape[1]
+    return pieces(problem.q.shape[2], rows) if rows < torch.get_num_threads() else 1
+
+
+def sums_before(problem: Problem, splits: int) -> tuple[Tensor, Tensor]:
+    """kv (splits, B, Hk, F, Dv) and z before the first token of each piece."""
+    kv, z = floats(problem.kv)[None], floats(problem.z)[None]
     if splits > 1:
-        _, of_kv, of_z = _accumulate(k, v, key_mask, key, key_spec, splits)
+        _, of_kv, of_z = _accumulate(problem.k, problem.v, problem.key_mask, problem.key, problem.key_spec, splits)
         kv, z = (torch.cat([x, of[:-1]]).cumsum(0) for x, of in ((kv, of_kv), (z, of_z)))
-    out = q.new_empty(batch, heads, length, v.shape[3])
-    last_kv, last_z = torch.empty_like(kv[0]), torch.empty_like(z[0])
-    weights, gamma, beta = (None if x is None else floats(x) for x in (weights, finish.gamma, finish.beta))
-    run(
-        "maclin_causal",
-        _Causal(
-            ctypes.sizeof(_Causal), batch, heads, k.shape[1], length, v.shape[3], splits,
-            layout_of(query_spec, query, head_dim).struct, layout_of(key_spec, key, head_dim).struct,
-            array_of(q), array_of(k), array_of(v), array_of(out),
-            pointer(key_mask), *((0, 0) if key_mask is None else key_mask.stride()),
-            pointer(weights), pointer(kv), pointer(z), pointer(last_kv), pointer(last_z), finish.floor,
-            pointer(gamma), pointer(beta),
-        ),
+    return kv, z
+
+
+def causal_struct(
+    problem: Problem,
+    splits: int,
+    kv: Tensor,
+    z: Tensor,
+    out: tuple[Tensor, Tensor, Tensor] | None,
+    held: list[Tensor | None],
+) -> CausalStruct:
+    """With the weights, gamma and beta that the caller holds, and what is written to, if anything."""
+    q, k, v, key_mask = problem.q, problem.k, problem.v, problem.key_mask
+    written = (ArrayStruct(), None, None) if out is None else (array_of(out[0]), pointer(out[1]), pointer(out[2]))
+    return CausalStruct(
+        ctypes.sizeof(CausalStruct), *q.shape[:2], k.shape[1], q.shape[2], v.shape[3], splits,
+        layout_of(problem.query_spec, problem.query, q.shape[3]).struct,
+        layout_of(problem.key_spec, problem.key, q.shape[3]).struct,
+        array_of(q), array_of(k), array_of(v), written[0],
+        pointer(key_mask), *((0, 0) if key_mask is None else key_mask.stride()),
+        pointer(held[0]), pointer(kv), pointer(z), *written[1:], problem.finish.floor,
+        pointer(held[1]), pointer(held[2]),
     )  # fmt: skip
-    return out, last_kv, last_z
+
+
+def causal(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Out (B, H, N, Dv) of this dtype, and the sums after the last token; None where torch is to compute them."""
+    if not takes_causal(problem, dtype):
+        return None
+    splits = splits_of(problem)
+    kv, z = sums_before(problem, splits)
+    q, v = problem.q, problem.v
+    out = q.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(kv[0]), torch.empty_like(z[0])
+    held = [None if x is None else floats(x) for x in (problem.weights, problem.finish.gamma, problem.finish.beta)]
+    run("maclin_causal", causal_struct(problem, splits, kv, z, out, held))
+    return out
 
 
 def floats(x: Tensor) -> Tensor:
-    """As the kernels take sums: contiguous, in float32."""
     """As the kernels want numbers that are not blocks of tokens."""
     return x.detach().to(torch.float32).contiguous()

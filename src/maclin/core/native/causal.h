@@ -65,19 +65,75 @@ static float size_of(const float* z, long n) {
 struct Constants {
   float *kv, *z;  // (CHUNK, across), (CHUNK)
 
-  void fill(const Before& before, long F, long across, float factor) {
-    const float *values = before.kv + F * across, *weight = before.z + F;
+  void fill(const Before& before, long F, long across, long step, float factor) {
+    const float *values = before.kv + F * step, *weight = before.z + F;
     float total = before.z[F - 1];
     for (long t = 0; t < CHUNK; t++) z[t] = factor * (total += weight[t]);
     for (long i = 0; i < across; i += VW) {
-      vf sums = load(before.kv + (F - 1) * across + i);
+      vf sums = load(before.kv + (F - 1) * step + i);
       for (long t = 0; t < CHUNK; t++) {
-        sums += load(values + t * across + i);
+        sums += load(values + t * step + i);
         store(kv + t * across + i, sums * factor);
       }
     }
   }
 };
+
+// A row of kv is across numbers; where step is more, the number behind them is that of z.
+struct Sums {
+  Before before[CHUNKS + 1];
+  long F, across, step;
+
+  Sums(const Causal& a, Arena& arena, bool with_z) : F(a.key.features()), across(up(a.width)) {
+    step = across + (with_z ? VW : 0);
+    for (auto& x : before) x.kv = arena.take((F + CHUNK) * step), x.z = arena.take(F + CHUNK);
+  }
+  void start(const Causal& a, const float* kv, const float* z) {
+    for (long f = 0; f < F; f++) {
+      before[0].z[f] = z[f];
+      for (long d = 0; d < step; d++) before[0].kv[f * step + d] = d < a.width ? kv[f * a.width + d] : 0.0f;
+    }
+  }
+  // The keys of a block, and the sums before each of its chunks; before the first they are given.
+  void block(const Causal& a, Block& keys, long b, long hk, long first, long count) {
+    attended(keys.weight, a.mask ? a.mask + b * a.mask_batch + first * a.mask_token : nullptr, a.mask_token, count);
+    load_block(keys.x, a.k, b, hk, first, a.key.head_dim, count, keys.weight);
+    prepare(a.key, hk, keys.x, keys.norm);
+    fill(a.key, hk, keys, true, nullptr);
+    for (long c = 0; c < CHUNKS; c++) {
+      Before &here = before[c], &next = before[c + 1];
+      const float *phi = keys.phi + c * CHUNK, *weight = keys.weight + c * CHUNK;
+      float* values = here.kv + F * step;
+      load_rows(values, a.v, b, hk, first + c * CHUNK, a.width, count - c * CHUNK, weight, CHUNK, step);
+      for (long t = 0; t < CHUNK; t++) here.z[F + t] = weight[t];
+      if (step > across)
+        for (long f = 0; f < F + CHUNK; f++) here.kv[f * step + across] = here.z[f];
+      here.size_of_z = size_of(here.z, F + CHUNK);
+      advance_z(phi, F, weight, here.z, next.z);
+      Product p{phi, T, values, step, next.kv, step, nullptr, nullptr, here.kv};
+      multiply<false>(p, F, across, CHUNK, ADD);
+    }
+  }
+  void next() {
+    Before last = before[CHUNKS];
+    before[CHUNKS] = before[0];
+    before[0] = last;
+  }
+};
+
+// Numbers (CHUNK keys, CHUNK queries) of the keys behind a query become 0.
+static void without_later(float* x, long step) {
+  for (long j = 0; j < CHUNK; j++)
+    for (long t = 0; t < j; t += VW) {
+      vf y = load(x + j * step + t);
+      for (int l = 0; l < VW; l++) y[l] = t + l < j ? 0.0f : y[l];
+      store(x + j * step + t, y);
+    }
+}
+
+static void times_weights(const float* weights, long F, const float* phi, float* to) {
+  for (long f = 0; f < F; f++) TV store(to + f * T + t, load(phi + f * T + t) * weights[f]);
+}
 
 static void causal_task(const Causal& a, long task, float* memory) {
   const long lanes = a.batch * a.key_heads, split = task / lanes, row = task % lanes;
@@ -85,44 +141,21 @@ static void causal_task(const Causal& a, long task, float* memory) {
   const long F = a.key.features(), D = a.key.head_dim, across = up(a.width), blocks = (a.length + T - 1) / T;
   Arena arena{memory};
   Block keys(a.key, arena), queries(a.query, arena, CHUNK);
-  Before before[CHUNKS + 1];
-  for (auto& x : before) x.kv = arena.take((F + CHUNK) * across), x.z = arena.take(F + CHUNK);
+  Sums sums(a, arena, false);
   float *rows = arena.take(CHUNK * across), *below = arena.take(T);
   Constants constants{arena.take(CHUNK * across), arena.take(T)};
-  for (long f = 0; f < F; f++) {
-    before[0].z[f] = a.z[task * F + f];
-    for (long d = 0; d < across; d++)
-      before[0].kv[f * across + d] = d < a.width ? a.kv[(task * F + f) * a.width + d] : 0.0f;
-  }
+  sums.start(a, a.kv + task * F * a.width, a.z + task * F);
   const bool as_given = a.out.type == FLOAT && a.out.entry == 1 && a.width == across;
   for (long i = blocks * split / a.splits; i < blocks * (split + 1) / a.splits; i++) {
     const long first = i * T, count = least(T, a.length - first);
-    attended(keys.weight, a.mask ? a.mask + b * a.mask_batch + first * a.mask_token : nullptr, a.mask_token, count);
-    load_block(keys.x, a.k, b, hk, first, D, count, keys.weight);
-    prepare(a.key, hk, keys.x, keys.norm);
-    fill(a.key, hk, keys, true, nullptr);
-    for (long c = 0; c < CHUNKS; c++) {
-      Before &here = before[c], &next = before[c + 1];
-      const float *phi = keys.phi + c * CHUNK, *weight = keys.weight + c * CHUNK;
-      float* values = here.kv + F * across;
-      load_rows(values, a.v, b, hk, first + c * CHUNK, a.width, count - c * CHUNK, weight, CHUNK);
-      for (long t = 0; t < CHUNK; t++) here.z[F + t] = weight[t];
-      here.size_of_z = size_of(here.z, F + CHUNK);
-      advance_z(phi, F, weight, here.z, next.z);
-      Product p{phi, T, values, across, next.kv, across, nullptr, nullptr, here.kv};
-      multiply<false>(p, F, across, CHUNK, ADD);
-    }
+    sums.block(a, keys, b, hk, first, count);
     for (long g = 0; g < groups; g++) {
       const long h = hk * groups + g;
       attended(queries.weight, nullptr, 0, count);
       load_block(queries.x, a.q, b, h, first, D, count, queries.weight);
       prepare(a.query, h, queries.x, queries.norm);
       fill(a.query, h, queries, false, nullptr);
-      if (a.weights)
-        for (long f = 0; f < F; f++) {
-          const float w = a.weights[h * F + f];
-          TV store(queries.phi + f * T + t, load(queries.phi + f * T + t) * w);
-        }
+      if (a.weights) times_weights(a.weights + h * F, F, queries.phi, queries.phi);
       Settle settle{(float)a.floor, nullptr, nullptr, 1, across, a.gamma ? a.gamma + h : nullptr,
                     a.beta ? a.beta + h : nullptr};
       Ahead ahead;
@@ -132,22 +165,17 @@ static void causal_task(const Causal& a, long task, float* memory) {
       else
         ahead_of(a.q, D, b, hk * groups, first + T, a.length, ahead.parts[1]);
       for (long c = 0; c < CHUNKS && c * CHUNK < count; c++) {
-        const Before& here = before[c];
+        const Before& here = sums.before[c];
         const long of_chunk = least(CHUNK, count - c * CHUNK);
         float *phi = queries.phi + c * CHUNK, *within = phi + F * T;
         Product similar{keys.phi + c * CHUNK, T, phi, T, within, T, nullptr, &ahead};
         multiply<true>(similar, CHUNK, CHUNK, F, ZERO);
-        for (long j = 0; j < CHUNK; j++)
-          for (long t = 0; t < j; t += VW) {
-            vf x = load(within + j * T + t);
-            for (int l = 0; l < VW; l++) x[l] = t + l < j ? 0.0f : x[l];
-            store(within + j * T + t, x);
-          }
+        without_later(within, T);
         denominators<CHUNK>(false, phi, F + CHUNK, here.z, here.size_of_z, of_chunk, below);
         Product p{phi, T, here.kv, across, rows, across, nullptr, &ahead, nullptr, F};
         multiply<true>(p, CHUNK, across, F + CHUNK, ZERO);
         if (a.floor > 0.0) {
-          constants.fill(here, F, across, phi[(F - 1) * T]);
+          constants.fill(here, F, across, across, phi[(F - 1) * T]);
           settle.constant_kv = constants.kv, settle.constant_z = constants.z;
         }
         const long at = first + c * CHUNK;
@@ -156,13 +184,11 @@ static void causal_task(const Causal& a, long task, float* memory) {
         if (!as_given) write_rows(rows, a.out, b, h, at, a.width, of_chunk);
       }
     }
-    Before last = before[CHUNKS];
-    before[CHUNKS] = before[0];
-    before[0] = last;
+    sums.next();
   }
   if (split == a.splits - 1)
     for (long f = 0; f < F; f++) {
-      a.last_z[row * F + f] = before[0].z[f];
-      for (long d = 0; d < a.width; d++) a.last_kv[(row * F + f) * a.width + d] = before[0].kv[f * across + d];
+      a.last_z[row * F + f] = sums.before[0].z[f];
+      for (long d = 0; d < a.width; d++) a.last_kv[(row * F + f) * a.width + d] = sums.before[0].kv[f * across + d];
     }
 }

@@ -6,9 +6,9 @@
 #include <thread>
 #include <vector>
 
-#include "band.h"
+#include "band_far.h"
 #include "backward.h"
-#include "causal.h"
+#include "causal_logs_backward.h"
 
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
 
@@ -103,9 +103,47 @@ int64_t maclin_causal(const Causal* a, int64_t threads, void* parallel) {
   return go(*a, causal_task, a->splits * a->batch * a->key_heads, causal_memory(*a), threads, parallel);
 }
 
+int64_t maclin_causal_queries(const CausalBackward* a, int64_t threads, void* parallel) {
+  if (a->size != sizeof *a) return 1;
+  const long tasks = a->of.splits * a->of.batch * a->of.key_heads;
+  return go(*a, causal_queries_task, tasks, QueriesMemory::size(a->of) + 512, threads, parallel);
+}
+
+int64_t maclin_causal_keys(const CausalBackward* a, int64_t threads, void* parallel) {
+  if (a->size != sizeof *a) return 1;
+  const long tasks = a->of.splits * a->of.batch * a->of.key_heads;
+  return go(*a, causal_keys_task, tasks, KeysMemory::size(a->of) + 512, threads, parallel);
+}
+
+int64_t maclin_causal_logs(const CausalLogs* a, int64_t threads, void* parallel) {
+  if (a->size != sizeof *a) return 1;
+  return go(*a, causal_logs_task, a->batch * a->heads, LogKeysMemory::size(*a), threads, parallel);
+}
+
+int64_t maclin_causal_logs_queries(const CausalLogs* a, int64_t threads, void* parallel) {
+  if (a->size != sizeof *a) return 1;
+  return go(*a, causal_logs_queries_task, a->batch * a->heads, LogKeysMemory::size(*a), threads, parallel);
+}
+
+int64_t maclin_causal_logs_keys(const CausalLogs* a, int64_t threads, void* parallel) {
+  if (a->size != sizeof *a) return 1;
+  return go(*a, causal_logs_keys_task, a->batch * a->heads, LogKeysMemory::size(*a), threads, parallel);
+}
+
 int64_t maclin_band(const Band* a, int64_t threads, void* parallel) {
   if (a->size != sizeof *a) return 1;
-  return go(*a, band_task, a->batch * a->heads * a->chunks, band_memory(*a), threads, parallel);
+  return go(*a, band_task, a->batch * a->heads / a->together * a->chunks, BandMemory::size(*a), threads, parallel);
+}
+
+int64_t maclin_band_backward(const BandBackward* a, int64_t threads, void* parallel) {
+  if (a->size != sizeof *a) return 1;
+  const long tasks = a->of.batch * a->of.key_heads * a->of.chunks;
+  return go(*a, band_backward_task, tasks, BandDerivatives::size(a->of), threads, parallel);
+}
+
+int64_t maclin_band_far(const BandFar* a, int64_t threads, void* parallel) {
+  if (a->size != sizeof *a) return 1;
+  return go(*a, band_far_task, a->of.batch * a->of.key_heads, BandFarMemory::size(a->of), threads, parallel);
 }
 
 int64_t maclin_read_backward(const ReadBackward* a, int64_t threads, void* parallel) {

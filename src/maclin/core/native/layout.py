@@ -69,12 +69,9 @@ class Layout:
         struct.shift, struct.mean = self._floats(side.shift), self._floats(side.mean)
         if side.variance is not None:
             struct.root = self._floats((side.variance.float() + EPS).rsqrt())
-
-    @property
-    def size(self) -> int:
-        """Bytes, about: those of the given tensors count as well."""
         held = [x for x in (*self.side, *self._held) if isinstance(x, Tensor)]
-        return 1024 + sum(x.numel() * x.element_size() for x in held)
+        self.size = 1024 + sum(x.numel() * x.element_size() for x in held)
+        """Bytes, about: those of the given tensors count as well."""
 
     def _floats(self, x: Tensor | None) -> int | None:
         if x is None:

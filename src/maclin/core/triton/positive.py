@@ -16,7 +16,7 @@ def positive(
     directions: Tensor,  # (Hk, D, M)
     scale: float,  # of <q, k>
 ) -> FeatureMap:
-    """The feature map of ``core.features.log_positive_features`` for vectors times scale^(1/2)."""
+    """The feature map of "positive" in ``core.fast.spec``, for vectors times scale^(1/2)."""
     m = directions.shape[-1]
     w = (directions.float() * math.sqrt(scale))[:, None].contiguous()
     return FeatureMap(POSITIVE, m, w, square=scale, offset=0.5 * math.log(m))

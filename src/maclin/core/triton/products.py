@@ -1,8 +1,8 @@
 """Random Maclaurin features and exact monomials: phi_m(x) = coefficient_m prod_r <w_(index_mr), x - centre>.
 
-One common form for ``core.features.RandomMaclaurin`` and ``core.maps.StratifiedMap``: a table says which projections
-each feature multiplies, with one number for the constant 1. The kernels want the projections of a rank side by side,
-so the table is resolved once, in ``products``.
+One common form for ``core.features.RandomMaclaurin`` and ``core.stratified_map.StratifiedMap``: a table says which
+projections each feature multiplies, with one number for the constant 1. The kernels want the projections of a rank side
+by side, so the table is resolved once, in ``products``.
 """
 
 # pyright: basic, reportMissingImports=false

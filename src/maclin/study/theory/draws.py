@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...core.features import DEGREE_LAWS, rademacher
 from ...core.kernels import Kernel
+from ...core.maps import maclaurin_maps
 
 MAX_DEGREE = 60
 """No law draws a higher one."""
@@ -133,7 +134,8 @@ def kernel_estimates(
         draws = min(block, num_draws - start)
         features = DEGREE_LAWS[law].features(_ONES, DEGREE_LAWS[law].draw(draws * drawn + constant, generator))
         directions = rademacher((1, pairs.shape[-1], features.num_directions), generator).double()
-        phi = features(pairs.flatten(0, 1)[None, None], features.columns(directions, 1.0))[0, 0].unflatten(0, (-1, 2))
+        maps = maclaurin_maps(features, directions, 1.0)
+        phi = maps.of_queries(pairs.flatten(0, 1)[None, None])[0, 0].unflatten(0, (-1, 2))
         products = (phi[:, 0] * phi[:, 1])[:, : draws * drawn] * draws  # each estimate has a share of the features
         degrees = torch.tensor(features.degrees[: draws * drawn])
         # degrees come sorted; a random order makes them independent draws again

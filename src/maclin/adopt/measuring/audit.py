@@ -15,12 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from maclin.adopt.calibrate import for_learning, only, sampled, watch_documents
-from maclin.adopt.candidates import Candidate, Trial, default_candidates, relative, squares, sums, trials
 from maclin.adopt.capture import token_mask
 from maclin.adopt.exact import ExactAttention, actual_scale, exact_attention, uniform_attention
 from maclin.adopt.hosts import host, layers_of
 from maclin.adopt.hosts.base import AttentionCall, AttentionLayer, Batch
-from maclin.adopt.sensitivity import EACH_LONGEST, EACH_TOKENS, LONGEST, TOKENS, first_documents, output_changes
+from maclin.adopt.measuring.candidates import Candidate, Trial, default_candidates, relative, squares, sums, trials
+from maclin.adopt.measuring.sensitivity import (
+    EACH_LONGEST,
+    EACH_TOKENS,
+    LONGEST,
+    TOKENS,
+    first_documents,
+    output_changes,
+)
 from maclin.core.errors import MaclinError
 from maclin.records import Audit, HeadStatistics, LayerAudit
 

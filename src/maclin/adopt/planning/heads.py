@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maclin.adopt.plan_knapsack import ROUNDING
+from maclin.adopt.planning.knapsack import ROUNDING
 
 MOST_PARTS = 3
 """Mechanisms in one layer, exact attention included."""

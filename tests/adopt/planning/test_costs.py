@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from maclin.adopt import cost_bench, measure_costs, plan
-from maclin.adopt.cost_bench import GATHER, Cost, CostBench, Subject
-from maclin.adopt.costs import Latencies, Operations
+from maclin.adopt import measure_costs, plan
+from maclin.adopt.planning import cost_bench
+from maclin.adopt.planning.cost_bench import GATHER, Cost, CostBench, Subject
+from maclin.adopt.planning.costs import Latencies, Operations
 from maclin.core import mechanisms
 from maclin.core.errors import MaclinError, OptionError
 from maclin.records import Audit, LayerAudit, MechanismError

@@ -6,16 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from maclin.adopt.costs import EXACT, Costs, Operations, measure_costs, relative_cost
-from maclin.adopt.plan_files import load_plan, save_plan
-from maclin.adopt.plan_knapsack import Choice, Solution, solve
-from maclin.adopt.plan_options import LayerOptions, Option, layer_options
-from maclin.adopt.plan_order import Step, best_linear, frontier_order
-from maclin.adopt.plan_rows import Budget, notes, points, row
+from maclin.adopt.planning.costs import Costs, Operations, measure_costs
+from maclin.adopt.planning.knapsack import Choice, Solution, solve
+from maclin.adopt.planning.options import LayerOptions, Option, layer_options
+from maclin.adopt.planning.rows import Budget, notes, points, row
 from maclin.core.errors import InputError, OptionError
 from maclin.records import Audit, Plan
-
-__all__ = ["EXACT", "Step", "best_linear", "frontier_order", "load_plan", "plan", "relative_cost", "save_plan"]
 
 TOLERANCE = 0.1
 """Of a plan that is asked for nothing else."""

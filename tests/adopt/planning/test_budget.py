@@ -11,7 +11,7 @@ import pytest
 
 import maclin
 from maclin.adopt import load_plan, plan, save_plan
-from maclin.adopt.cost_bench import Cost
+from maclin.adopt.planning.cost_bench import Cost
 from maclin.core.errors import InputError, MaclinError, OptionError
 from maclin.records import Audit, Config, LayerAudit, MechanismError, Plan, from_json, to_json
 

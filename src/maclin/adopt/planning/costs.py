@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from maclin.adopt.cost_bench import GATHER, Cost, CostBench, Subject
 from maclin.adopt.hosts.base import AttentionLayer
+from maclin.adopt.planning.cost_bench import GATHER, Cost, CostBench, Subject
 from maclin.core import mechanisms as registry
 from maclin.core.break_even import device_name
 from maclin.core.errors import MaclinError, OptionError

@@ -10,7 +10,7 @@ import torch
 import maclin
 from maclin.adopt import audit, convert_, restore_
 from maclin.adopt.hosts import host
-from maclin.adopt.sensitivity import TOKENS, first_documents, output_changes
+from maclin.adopt.measuring.sensitivity import TOKENS, first_documents, output_changes
 from maclin.core.errors import CapabilityError
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maclin.adopt.hosts.base import MECHANISM
-from maclin.adopt.store_manifest import StoredLayer
+from maclin.adopt.saving.manifest import StoredLayer
 from maclin.core import mechanisms as registry
 from maclin.core.errors import InputError
 

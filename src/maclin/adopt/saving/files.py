@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maclin.adopt.store_manifest import MANIFEST, Manifest
+from maclin.adopt.saving.manifest import MANIFEST, Manifest
 from maclin.core.errors import InputError
 from maclin.files import written_whole
 from maclin.records import to_json

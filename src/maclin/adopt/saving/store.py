@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from maclin._version import __version__
 from maclin.adopt.hosts import host
 from maclin.adopt.hosts.base import MECHANISM, Host
-from maclin.adopt.store_files import tokenizer_files, write
-from maclin.adopt.store_manifest import SCHEMA, Manifest, differences, read_manifest
-from maclin.adopt.store_tensors import (
+from maclin.adopt.saving.files import tokenizer_files, write
+from maclin.adopt.saving.manifest import SCHEMA, Manifest, differences, read_manifest
+from maclin.adopt.saving.tensors import (
     apart,
     below,
     check_same,

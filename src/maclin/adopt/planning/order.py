@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from maclin.adopt.costs import relative_cost
-from maclin.adopt.plan_options import convertible
+from maclin.adopt.planning.costs import relative_cost
+from maclin.adopt.planning.options import convertible
 from maclin.core.errors import MaclinError
 from maclin.records import Audit, Config, LayerAudit, MechanismError
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from maclin.adopt.costs import EXACT, Costs
-from maclin.adopt.plan_knapsack import Solution
-from maclin.adopt.plan_options import LayerOptions, Option
-from maclin.adopt.plan_order import best_linear
+from maclin.adopt.planning.costs import EXACT, Costs
+from maclin.adopt.planning.knapsack import Solution
+from maclin.adopt.planning.options import LayerOptions, Option
+from maclin.adopt.planning.order import best_linear
 from maclin.core.errors import MaclinError
 from maclin.records import Config, LayerAudit, MechanismError, PlanPoint, PlanRow
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from maclin.adopt.costs import EXACT, Costs
-from maclin.adopt.plan_heads import Part, assignments
+from maclin.adopt.planning.costs import EXACT, Costs
+from maclin.adopt.planning.heads import Part, assignments
 from maclin.core import mechanisms as registry
 from maclin.core.errors import InputError, MaclinError
 from maclin.records import Alternative, Config, LayerAudit, MechanismError

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from maclin.adopt.plan_heads import MOST_PARTS, Part, assignments
-from maclin.adopt.plan_knapsack import Choice, solve
+from maclin.adopt.planning.heads import MOST_PARTS, Part, assignments
+from maclin.adopt.planning.knapsack import Choice, solve
 
 
 def layers(number: int, options: int, seed: int) -> list[list[Choice]]:
