@@ -23,7 +23,7 @@ FILE = "break_even.json"
 IN_TORCH = "cpu, in torch"
 
 DEFAULTS: dict[str, dict[bool, int]] = {  # device -> causal -> tokens; 8 heads of 64, float32, batch 1
-    "cpu": {False: 384, True: 768},
+    "cpu": {False: 384, True: 512},
     IN_TORCH: {False: 512, True: 2048},
     "cuda": {False: 4096, True: 4096},
 }
