@@ -9,7 +9,7 @@ from torch import Tensor
 import maclin
 from maclin.core import reference
 
-SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=40)
 
 
 @st.composite

@@ -13,7 +13,7 @@ import maclin
 from maclin.nn import LearnedPositions, Rotary, SinusoidalPositions
 from maclin.nn.positions import check_rotary, positions_of
 
-REFUSED = {"mean", "efficient", "elu"}
+REFUSED = {"efficient", "elu"}
 OPTIONS = {"linformer": {"seq_len": 64}}
 
 
@@ -121,6 +121,7 @@ def shifted(mechanism: maclin.Mechanism) -> float:
     ("name", "options"),
     [
         ("softmax", {}),
+        ("mean", {}),
         ("window", {"window": 3}),
         ("taylor", {}),
         ("linformer", {"seq_len": 12}),

@@ -74,7 +74,8 @@ def check_rotary(mechanism: Mechanism) -> None:
 
     Then a common shift of all positions is not felt. Softmax and window attention do, and so do taylor and the
     projections of linformer that are linear (though in a segment of keys the fast planes average out); macformer,
-    favor and rfa estimate a function of the product, and revisited_linformer softmax attention. macformer's
+    favor and rfa estimate a function of the product, and revisited_linformer softmax attention. mean looks at neither
+    and stays the same baseline. macformer's
     ppsbn="token" takes the mean over channels away, which a turn moves, so that a shift is felt a little.
 
     Raises:
@@ -83,7 +84,7 @@ def check_rotary(mechanism: Mechanism) -> None:
     for part in mechanism.modules():
         reason = _against_rotary(part) if isinstance(part, Mechanism) else None
         if reason is not None:
-            allowed = [name for name in mechanisms.names() if name not in ("mean", "elu", "efficient")]
+            allowed = [name for name in mechanisms.names() if name not in ("elu", "efficient")]
             raise CapabilityError(
                 f"{mechanism.name} does not allow rotary positions: {reason}; pass position='sinusoidal' or 'learned', "
                 f"or one of {', '.join(allowed)}"
@@ -92,8 +93,6 @@ def check_rotary(mechanism: Mechanism) -> None:
 
 def _against_rotary(mechanism: Mechanism) -> str | None:
     """Why turned q and k would not do what they are for; None where they do."""
-    if mechanism.name == "mean":
-        return "it looks at neither q nor k"
     if mechanism.name == "elu":
         return "its weight of a pair, the sum of (elu(q) + 1)(elu(k) + 1), is no function of the product of q and k"
     if mechanism.name == "efficient" and mechanism.config["normalisation"] == "softmax":

@@ -96,6 +96,21 @@ def test_extreme_keys_hide_nobody_before_them(order, count):
         assert one < 10 * other + 1e-4
 
 
+def test_padding_before_a_far_larger_key_still_sees_the_keys_before_it(count):
+    q, k, v, d = random(4, *((1, 2, 150, 8) for _ in range(4)))
+    place = torch.arange(150)
+    mask = ((place < 90) | (place >= 110))[None]  # over the first tokens of a chunk
+    size = torch.where(place < 100, 40.0, 0.1)[:, None]  # exp(Wx - |x|^2 / 2) is far smaller for the long ones
+    mech = favor(2, 2)
+    tensors = [q, k / k.norm(dim=-1, keepdim=True) * size, v]
+    ours, _, exact = values(mech, tensors, key_mask=mask)
+    assert count == ["maclin_causal_logs"]
+    assert exact[:, :, 90:110].norm(dim=-1).min() > 0.1
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-3)
+    for one, other in compared(mech, tensors, d, key_mask=mask, is_causal=True):
+        assert one < 10 * other + 1e-4
+
+
 @pytest.mark.parametrize("where", ["decoding", "prefill"])
 def test_a_state_goes_on_where_it_ended(where, count):
     mech = favor()

@@ -69,6 +69,13 @@ struct Runs {
     long lead = from;
     while (lead < limit && keys.weight[lead] == 0.0f) lead++;
     stop = limit;
+    // Tokens before the first attended key see the sums alone, which would vanish at the scale of a much larger key.
+    for (long f = 0; lead > from && lead < limit && f < F; f++)
+      if (top[f] > -INFINITY && keys.phi[f * T + lead] - top[f] > MOST_RISE) {
+        stop = lead;
+        for (long g = 0; g < F; g++) base[g] = top[g];
+        return;
+      }
     bool even = true;
     for (long f = 0; f < F; f++) {
       const float* row = keys.phi + f * T;
