@@ -161,10 +161,11 @@ _SIZES: dict[str, _Sizes] = {
     "sensors": _Sizes(16, 1e-3, 3_000, 10_000, (16, 3e-3, 200)),
     "recall": _Sizes(32, 2e-3, 10_000, 40_000, (32, 1e-3, 1_000)),
     "translation": _Sizes(32, 1e-3, 10_000, 40_000, (32, 3e-3, 300)),
-    "language": _Sizes(16, 1e-3, 10_000, 40_000, (16, 3e-3, 300)),
+    "language": _Sizes(16, 1e-3, 10_000, 40_000, (16, 3e-3, 600)),
 }
 _OTHER = _Sizes(16, 1e-3, 3_000, 10_000, (16, 1e-3, 600))
 _STEADY: dict[str, float] = {"recall": 0.0, "language": 0.0}  # dropout, where it is not 0.1
+_BY_DISTANCE = ("recall", "language")  # what is wanted is a few tokens away, which learned positions take long to tell
 _LOOKS = 5  # at the validation split, under "quick"
 
 
@@ -178,8 +179,7 @@ def recipe(task: str, preset: str) -> Recipe:
     """
     name = task if task in _SIZES else next((known for known in _SIZES if task.startswith(known)), "")
     sizes = _SIZES.get(name, _OTHER)
-    # what stands behind a key is found by its distance, which learned positions take far longer to tell
-    position: Literal["learned", "rotary"] = "rotary" if name == "recall" else "learned"
+    position: Literal["learned", "rotary"] = "rotary" if name in _BY_DISTANCE else "learned"
     if preset == "quick":
         batch_size, lr, steps = sizes.quick
         settings = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, evaluate_every=max(steps // _LOOKS, 1))
