@@ -157,15 +157,16 @@ _SIZES: dict[str, _Sizes] = {
     "retrieval": _Sizes(16, 1e-3, 5_000, 20_000, (16, 3e-3, 300)),
     "image": _Sizes(64, 1e-3, 10_000, 40_000, (64, 3e-3, 150)),
     "pathfinder": _Sizes(64, 1e-3, 20_000, 60_000, (32, 3e-3, 300)),
-    "audio": _Sizes(16, 1e-3, 5_000, 20_000, (32, 3e-3, 300)),
+    "audio": _Sizes(16, 1e-3, 5_000, 20_000, (32, 3e-3, 1_000)),
     "sensors": _Sizes(16, 1e-3, 3_000, 10_000, (16, 3e-3, 200)),
     "recall": _Sizes(32, 2e-3, 10_000, 40_000, (32, 1e-3, 1_000)),
-    "translation": _Sizes(32, 1e-3, 10_000, 40_000, (32, 3e-3, 300)),
+    "translation": _Sizes(32, 1e-3, 10_000, 40_000, (32, 3e-3, 4_000)),
     "language": _Sizes(16, 1e-3, 10_000, 40_000, (16, 3e-3, 600)),
 }
 _OTHER = _Sizes(16, 1e-3, 3_000, 10_000, (16, 1e-3, 600))
 _STEADY: dict[str, float] = {"recall": 0.0, "language": 0.0}  # dropout, where it is not 0.1
-_BY_DISTANCE = ("recall", "language")  # what is wanted is a few tokens away, which learned positions take long to tell
+# what is wanted is a few tokens away, which learned positions take long to tell
+_BY_DISTANCE = ("recall", "language", "translation", "audio")
 _LOOKS = 5  # at the validation split, under "quick"
 
 

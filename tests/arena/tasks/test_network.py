@@ -77,7 +77,7 @@ def test_a_linear_look_at_the_spectrum_finds_the_voice() -> None:
 
 def test_a_linear_look_at_the_pixels_finds_the_garment() -> None:
     linear = pytest.importorskip("sklearn.linear_model")
-    splits = task("image").load("quick")
+    splits = task("image", size=16).load("quick")
     parts = [
         (np.stack([np.asarray(part[i]["x"]) for i in range(1_000)]) / 256, [part[i]["y"] for i in range(1_000)])
         for part in (splits.train, splits.test)

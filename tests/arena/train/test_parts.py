@@ -236,7 +236,8 @@ def test_every_task_has_a_recipe() -> None:
         assert (standard.model.num_layers, standard.model.width, standard.model.feedforward) == (2, 64, 128)
         assert standard.model.head_dim == 32
         # what stands a few tokens away is not found with learned positions within "quick"
-        assert quick.model.position == ("rotary" if name in ("recall", "language") else "learned")
+        rotary = name in ("recall", "language", "translation", "audio")
+        assert quick.model.position == ("rotary" if rotary else "learned")
 
 
 def test_labels_are_directories() -> None:

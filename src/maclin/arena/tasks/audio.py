@@ -46,7 +46,7 @@ class Audio(Task):
         self.field = Field("values", channels=1)
         self.num_classes = len(_LANGUAGES)
         self.presets = {
-            "quick": Preset(length=1_000, train=10_000, valid=500, test=1_000),
+            "quick": Preset(length=256, train=40_000, valid=1_000, test=2_000),
             "standard": Preset(length=8_000, train=None, valid=400, test=None),
             "paper": Preset(length=8_000, train=None, valid=400, test=None),
         }
