@@ -21,10 +21,11 @@ CASES: dict[str, tuple[str, dict]] = {
     "published": ("macformer", {"estimator": "published", "num_features": 40}),
     "kar_karnick": ("macformer", {"estimator": "kar_karnick", "num_features": 40}),
     "first-order": ("macformer", {"estimator": "taylor"}),
+    "learned": ("macformer", {"temperature": "learned", "num_features": 40}),
     "batch-learned": ("macformer", {"ppsbn": "batch", "temperature": "learned", "num_features": 40}),
     "inv-learned": ("macformer", {"kernel": "inv", "temperature": "learned", "num_features": 40}),
 }
-CALIBRATED = ("stratified", "stratified-raw", "stratified-one", "unbiased", "batch-learned", "inv-learned")
+CALIBRATED = ("stratified", "stratified-raw", "stratified-one", "unbiased", "learned", "batch-learned", "inv-learned")
 
 
 def build(case: str) -> maclin.Mechanism:
@@ -38,7 +39,8 @@ def build(case: str) -> maclin.Mechanism:
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     if case.endswith("-calibrated"):
         q, k, v = (torch.randn(3, h, 150, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
-        mech = maclin.calibrate(mech, 0.6 * q + 0.4, 0.6 * k + 0.2, v)
+        aside = torch.linspace(-1, 3, 8, dtype=torch.float64)  # more than ppSBN takes out
+        mech = maclin.calibrate(mech, 0.6 * q + 0.4 * aside, 0.6 * k + 0.2 * aside, v)
     return mech
 
 

@@ -131,7 +131,7 @@ def _backward_op(
         k_projection, k_offset, k_index, k_shift, k_mean, k_variance,
     )  # fmt: skip
     problem = _problem(tensors, query_spec, key_spec, floor)
-    found = derivatives.causal_backward(d, dkv, dz, problem, q_wanted + k_wanted)
+    found = derivatives.causal_backward(d, dkv, dz, problem, q_wanted, k_wanted)
     if found is None:
         found = causal_backward(d, dkv, dz, problem, frozenset(q_wanted.split()), frozenset(k_wanted.split()))
     return [some(x, q) for x in (*found[:-2], *found.query, *found.key)]

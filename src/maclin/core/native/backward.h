@@ -72,11 +72,23 @@ static void through_norm(const Map& map, long head, const Block& block, float* d
   }
 }
 
+// Takes the sums over count tokens of dx (head_dim, T) off sums (head_dim); what follows the tokens is not read.
+static void less_sums(const float* dx, long head_dim, long count, float* sums) {
+  for (long d = 0; d < head_dim; d++, dx += T) {
+    vf total{};
+    long t = 0;
+    for (; t + VW <= count; t += VW) total += load(dx + t);
+    float rest = sum(total);
+    for (; t < count; t++) rest += dx[t];
+    sums[d] -= rest;
+  }
+}
+
 // From the derivatives of the features, which are overwritten, to those of x, written to its tensor; more (head_dim, T)
-// is added.
+// is added. Those of the shift are added to of_shift (head_dim).
 static void through_features(const Map& map, long head, const Block& block, Derivative& d, bool of_keys,
                              const float* of_log_weight, const Array& to, long b, long h, long first, long count,
-                             const float* more = nullptr) {
+                             const float* more = nullptr, float* of_shift = nullptr) {
   const long D = map.head_dim, P = map.projections, F = map.features();
   const float scale = (float)map.scale;
   float* dx = d.x;
@@ -126,6 +138,7 @@ static void through_features(const Map& map, long head, const Block& block, Deri
     total *= splat(-scale);
     for (long i = 0; i < D; i++) store(dx + i * T + t, load(dx + i * T + t) + load(block.x + i * T + t) * total);
   }
+  if (of_shift) less_sums(dx, D, count, of_shift);
   through_norm(map, head, block, dx);
   for (long i = 0; more && i < D * T; i += VW) store(dx + i, load(dx + i) + load(more + i));
   turn(dx, T, up(D), T, d.turned, up(D));
@@ -148,6 +161,7 @@ struct ReadBackward {
   float *of_kv, *of_z;                    // (chunks, batch, heads, features, width or nothing)
   float *of_constant_kv, *of_constant_z;  // (chunks, batch, heads, width or nothing) or null
   float *of_gamma, *of_beta;              // (chunks, batch, heads) or null
+  float* of_shift;                        // (chunks, batch, heads, head_dim), zeros, or null
 };
 
 static long read_backward_memory(const ReadBackward& a) {
@@ -221,6 +235,8 @@ static void read_backward_task(const ReadBackward& a, long task, float* memory) 
     kv[f * step + across] = a.map.family == IDENTITY ? 0.0f : z[f];
   }
   size_of_z = std::sqrt(size_of_z) * 1.001;
+  const long at = chunk * a.batch * a.heads + row;
+  float* of_shift = a.of_shift ? a.of_shift + at * a.map.head_dim : nullptr;
   for (long i = 0; i < F * across; i++) of_kv[i] = 0.0f;
   for (long i = 0; i < F * VW; i++) lanes[i] = 0.0f;
   for (long i = 0; i < across; i++) {
@@ -261,9 +277,8 @@ static void read_backward_task(const ReadBackward& a, long task, float* memory) 
     TV store(turned + across * T + t, of[t / VW]);
     Product to_phi{kv, step, turned, T, d.phi, T, nullptr, &ahead};
     multiply<false>(to_phi, F, T, across + 1, ZERO);
-    through_features(a.map, h, block, d, false, nullptr, a.dq, b, h, first, count);
+    through_features(a.map, h, block, d, false, nullptr, a.dq, b, h, first, count, nullptr, of_shift);
   }
-  const long at = chunk * a.batch * a.heads + row;
   for (long f = 0; f < F; f++) {
     for (long i = 0; i < a.width; i++) a.of_kv[(at * F + f) * a.width + i] = of_kv[f * across + i];
     a.of_z[at * F + f] = sum(load(lanes + f * VW));

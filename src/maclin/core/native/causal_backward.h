@@ -17,6 +17,7 @@ struct CausalBackward {
   Array before;         // of out before ppSBN's second half; d where there is none
   float* per_row;       // (4, batch, heads, length): see PerRow
   float* of_weights;    // (splits, batch, heads, features) or null; is added to
+  float* of_shift;      // (splits, batch, heads, head_dim) of that of the queries, or null; is added to
   float *of_gamma, *of_beta;          // (splits, batch, heads) or null
   float *of_kv, *of_z;                // (splits, batch, key_heads, features, width or nothing): of each piece alone, if several
   const float *behind_kv, *behind_z;  // (splits, ...): of the sums after the last token of each piece
@@ -194,7 +195,8 @@ static void causal_queries_task(const CausalBackward& job, long task, float* mem
         }
       }
       if (job.of_gamma) job.of_gamma[at_head] += unsettle.of_gamma, job.of_beta[at_head] += unsettle.of_beta;
-      through_features(a.query, h, m.queries, m.d, false, nullptr, job.dq, b, h, first, count);
+      float* of_shift = job.of_shift ? job.of_shift + at_head * D : nullptr;
+      through_features(a.query, h, m.queries, m.d, false, nullptr, job.dq, b, h, first, count, nullptr, of_shift);
     }
     m.sums.next();
   }

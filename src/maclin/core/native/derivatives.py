@@ -25,6 +25,7 @@ class _ReadBackward(ctypes.Structure):
         ("floor", c_double),
         *((name, c_void_p) for name in ("constant_kv", "constant_z", "gamma", "beta")),
         *((name, c_void_p) for name in ("of_kv", "of_z", "of_constant_kv", "of_constant_z", "of_gamma", "of_beta")),
+        ("of_shift", c_void_p),
     ]
 
 
@@ -40,6 +41,11 @@ class _AccumulateBackward(ctypes.Structure):
     ]
 
 
+def knows(wanted: str) -> bool:
+    """Whether the kernels have the derivatives of these tensors of a side of queries: none, or the shift."""
+    return wanted in ("", "shift")
+
+
 def read_backward(
     d: Tensor,  # (B, H, N, Dv)
     q: Tensor,  # (B, H, N, D)
@@ -51,12 +57,12 @@ def read_backward(
     spec: Spec,
     wanted: str,
 ) -> list[Tensor | None] | None:
-    """Derivatives of q, kv, z and the tensors of ``finish``; None where torch is to compute them.
+    """Derivatives of q, kv, z, the tensors of ``finish`` and those of ``side``; None where torch is to compute them.
 
-    ``wanted`` names the tensors of the side that need one, which only torch computes.
+    ``wanted`` names the tensors of the side that need one: only torch computes those of others than the shift.
     """
     given = [x for x in (kv, z, *finish[1:]) if x is not None]
-    if wanted or not takes(spec, side, d, q, *given) or not q.numel() or not kv.numel():
+    if not knows(wanted) or not takes(spec, side, d, q, *given) or not q.numel() or not kv.numel():
         return None
     batch, heads, length, head_dim = q.shape
     chunks, layout = pieces(length, batch * heads), layout_of(spec, side, head_dim)
@@ -72,18 +78,19 @@ def read_backward(
     finishing = (
         new(constant_kv, kv.shape[3]), new(constant_z), new(gamma), new(beta),
     )  # fmt: skip
+    of_shift = kv.new_zeros(chunks, batch, heads, head_dim) if wanted else None
     run(
         "maclin_read_backward",
         _ReadBackward(
             ctypes.sizeof(_ReadBackward), batch, heads, length, kv.shape[3], chunks, layout.struct,
             array_of(q), array_of(d), array_of(dq), pointer(kv), pointer(z), pointer(logs), finish.floor,
             pointer(constant_kv), pointer(constant_z), pointer(gamma), pointer(beta),
-            *(pointer(x) for x in (*sums, *finishing)),
+            *(pointer(x) for x in (*sums, *finishing, of_shift)),
         ),
     )  # fmt: skip
     found = [None if x is None else x[0] if chunks == 1 else x.sum(0) for x in (*sums, *finishing)]
     per_head = [None if x is None else x.sum(0) for x in found[4:]]
-    return [dq, *found[:4], *per_head]
+    return [dq, *found[:4], *per_head, *Side(shift=None if of_shift is None else of_shift.sum((0, 1)))]
 
 
 def accumulate_backward(
@@ -97,7 +104,7 @@ def accumulate_backward(
     spec: Spec,
     wanted: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """Derivatives of k and v; None where torch is to compute them. ``wanted`` as of ``read_backward``."""
+    """Derivatives of k and v; None where torch is to compute them, as where tensors of the side are ``wanted``."""
     if wanted or not takes_keys(k, v, key_mask, side, spec) or not takes(spec, side, dkv, dz):
         return None
     batch, heads, length, head_dim = k.shape
