@@ -144,11 +144,33 @@ def test_state_goes_on_from_one_form_to_the_other(qkv, plainly, mech):
     torch.testing.assert_close(torch.cat([first, rest], dim=2), whole, rtol=1e-9, atol=1e-10)
 
 
+def heads_last(x: Tensor) -> Tensor:
+    """The same, as projections give it: heads next to each other in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by kernels where there are some, and in torch
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", ["stratified", "elu", "favor", "learned-calibrated"])
+def test_out_lies_as_the_queries_do(qkv, small_blocks, case, causal, dtype):
+    mech, given = build(case).to(dtype), [x.to(dtype) for x in qkv(43, 43)]
+    wanted = mech(*given, is_causal=causal)
+    last = [heads_last(x) for x in given]
+    with torch.no_grad():
+        direct = mech(*last, is_causal=causal)
+    through = mech(last[0].requires_grad_(), *last[1:], is_causal=causal)
+    for out in (direct, through):
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
+        if not (causal and is_causal_only_plain(mech) and dtype == torch.float64):
+            assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("lie", [torch.Tensor.contiguous, heads_last])
 @pytest.mark.parametrize("case", ["stratified-raw", "published", "favor", "efficient", "elu"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_operators_are_well_formed(qkv, case, causal):
-    """Schema, fake shapes, autograd registration and tracing, as torch checks them."""
-    mech, (q, k, v) = build(case), qkv(20, 20)
+def test_the_operators_are_well_formed(qkv, case, causal, lie):
+    """Schema, fake shapes and strides, autograd registration and tracing, as torch checks them."""
+    mech, (q, k, v) = build(case), map(lie, qkv(20, 20))
     calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     class Record(TorchDispatchMode):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..algebra import accumulation_dtype
 from .derive import Deriver
 from .fill import Filler, Part
-from .memory import block_tokens
+from .memory import block_tokens, like_queries
 from .read import Finish, lifted, protected, root_of, widths_of
 from .spec import Side, Spec
 from .sums import computed_in, features_beside
@@ -367,7 +367,7 @@ def causal(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
     """Out (B, H, N, Dv) of this dtype, and the sums kv and z after the last token."""
     q, v = problem.q, problem.v
     walk = Walk(problem, None, None)
-    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
+    out = like_queries(q, v.shape[3], dtype)
     for piece in walk.pieces:
         made = walk.make(piece)
         finish = walk.settled(made, piece)

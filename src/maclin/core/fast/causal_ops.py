@@ -15,6 +15,7 @@ from ..native import causal_derivatives as derivatives
 from .causal import Problem
 from .causal import causal as _causal
 from .causal_backward import causal_backward
+from .memory import like_queries
 from .ops import fake_side, or_none, runs_directly, some, wanted_of
 from .read import Finish
 from .spec import Side, spec_of
@@ -89,7 +90,7 @@ def _op(
 def _(
     q: Tensor, k: Tensor, v: Tensor, key_mask: _Maybe, weights: _Maybe, kv: Tensor, z: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), *(
+    return like_queries(q, v.shape[3]), *(
         torch.empty_like(x, dtype=accumulation_dtype(computed_in(q))) for x in (kv, z)
     )
 

@@ -1,4 +1,4 @@
-"""How many tokens a block has."""
+"""How many tokens a block has, and how out lies in memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _DEFAULT_CACHE = 1 << 20
 _SHARE = 3.0  # of the second-level caches that a block may take: less, and calls cost more than caches save
@@ -28,6 +29,14 @@ def block_tokens(length: int, token_bytes: int, device: torch.device) -> int:
         return max(length, 1)
     number = -(-length // most)
     return -(-length // number // _STEP) * _STEP
+
+
+def like_queries(q: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """New (B, H, N, width), heads next to each other in memory where those of q are: projections then need no copy."""
+    batch, heads, length, _ = q.shape
+    if heads > 1 and q.stride(1) < q.stride(2):
+        return q.new_empty(batch, length, heads, width, dtype=dtype).transpose(1, 2)
+    return q.new_empty(batch, heads, length, width, dtype=dtype)
 
 
 @lru_cache(maxsize=1)

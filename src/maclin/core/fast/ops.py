@@ -18,6 +18,7 @@ from ..native import calls as native
 from ..native import derivatives
 from . import read as _read
 from . import sums as _sums
+from .memory import like_queries
 from .read import Finish
 from .spec import Side, Spec, spec_of
 
@@ -192,7 +193,7 @@ def _read_all(
 
 @_read_all.register_fake
 def _(q: Tensor, kv: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(*q.shape[:3], kv.shape[3])
+    return like_queries(q, kv.shape[3])
 
 
 @torch.library.custom_op("maclin::read_backward", mutates_args=())

@@ -19,6 +19,7 @@ from ..norms import EPS
 from .buffers import Buffers
 from .derive import Deriver
 from .fill import Filler, Part
+from .memory import like_queries
 from .spec import Side, Spec
 from .sums import DERIVED, grid, multiplied_in
 
@@ -93,7 +94,7 @@ def read(
     spec: Spec,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Out (B, H, N, Dv), contiguous, of this dtype."""
+    """Out (B, H, N, Dv) of this dtype, as ``memory.like_queries`` lays it."""
     cut = grid(q, spec, side, 2 * kv.shape[3])
     widths = widths_of(spec, q.shape[3], kv.shape[2])
     values = multiplied_in(q)
@@ -103,20 +104,23 @@ def read(
     logs = log_scale.flatten(0, 1) if log_scale.shape[-1] else None
     beside = rows.z[0][:, 0] if spec.linear else None
     filler = Filler(spec, side, q.shape[0], like, key=False, log_scale=logs, beside=beside)
-    out = q.new_empty(*q.shape[:3], kv.shape[3], dtype=dtype)
-    flat = out.flatten(0, 1)
+    out = like_queries(q, kv.shape[3], dtype)
+    flat = out.flatten(0, 1) if out.is_contiguous() else None
     for tokens in cut:
         parts = query_parts(filler, filler.prepare(cut.rows(q, tokens)), logs)
-        shape = (flat.shape[0], parts[0].by_feature.shape[2], flat.shape[2])
+        shape = (q.shape[0] * q.shape[1], parts[0].by_feature.shape[2], kv.shape[3])
         read_by = filler.as_given(parts, q[:, :, tokens]) if half is not None else parts
         numerator = numerator_of(read_by, rows.kv, (half or filler.buffers).take("out", *shape))
         if half is not None and (finish.gamma is not None or finish.floor):
             numerator = numerator.to(cut.dtype)
         if spec.family == "identity":
-            flat[:, tokens] = numerator
+            out[:, :, tokens] = numerator.unflatten(0, q.shape[:2])
             continue
         denominator = guarded(denominator_of(parts, rows.z, filler.beside), parts, rows, filler)
-        settle(numerator, denominator, rows.finish, flat[:, tokens])
+        settled = out.new_empty(shape) if flat is None else flat[:, tokens]
+        settle(numerator, denominator, rows.finish, settled)
+        if flat is None:
+            out[:, :, tokens] = settled.unflatten(0, q.shape[:2])
     filler.close()
     if half is not None:
         half.close()

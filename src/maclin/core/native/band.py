@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..fast.memory import like_queries
 from ..fast.spec import Side, Spec
 from .calls import floats, pieces
 from .layout import ArrayStruct, MapStruct, array_of, layout_of, pointer, run
@@ -163,14 +164,6 @@ class _Filled:
             pointer(gamma), pointer(beta), 0 if p.sink_v is None else p.sink_v.shape[2],
             _array(p.sink_right), _array(p.sink_v), pointer(seen), pointer(position),
         )  # fmt: skip
-
-
-def like_queries(q: Tensor, width: int) -> Tensor:
-    """New (B, H, N, width), heads next to each other in memory where those of q are, as projections want them back."""
-    batch, heads, length, _ = q.shape
-    if heads > 1 and q.stride(1) < q.stride(2):
-        return q.new_empty(batch, length, heads, width).transpose(1, 2)
-    return q.new_empty(batch, heads, length, width)
 
 
 def band(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..fast.maps import Maps
+from ..fast.memory import like_queries
 from ..fast.ops import runs_directly, some
 from ..fast.spec import Side, spec_of
 from . import band as _native
-from .band import Derivatives, Problem, like_queries
+from .band import Derivatives, Problem
 from .calls import takes_keys
 from .layout import TYPES, takes
 from .library import library

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..algebra import exp_difference
 from ..fast.causal import Problem
+from ..fast.memory import like_queries
 from ..fast.read import Finish
 from ..fast.spec import Side, Spec
 from .layout import ArrayStruct, MapStruct, array_of, layout_of, pointer, run, takes
@@ -149,7 +150,7 @@ def read(
         return None
     batch, heads, length, head_dim = q.shape
     layout = layout_of(spec, side, head_dim)
-    out = q.new_empty(batch, heads, length, kv.shape[3])
+    out = like_queries(q, kv.shape[3])
     kv, z = floats(kv), floats(z)
     logs = floats(log_scale) if log_scale.shape[-1] else None
     constant_kv, constant_z, gamma, beta = (None if x is None else floats(x) for x in finish[1:])
@@ -218,7 +219,7 @@ def causal(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
     splits = splits_of(problem)
     kv, z = sums_before(problem, splits)
     q, v = problem.q, problem.v
-    out = q.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(kv[0]), torch.empty_like(z[0])
+    out = like_queries(q, v.shape[3]), torch.empty_like(kv[0]), torch.empty_like(z[0])
     held = [None if x is None else floats(x) for x in (problem.weights, problem.finish.gamma, problem.finish.beta)]
     run("maclin_causal", causal_struct(problem, splits, kv, z, out, held))
     return out

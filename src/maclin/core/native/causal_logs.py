@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fast.memory import like_queries
 from ..fast.spec import Side, Spec
 from .calls import floats, takes_keys
 from .layout import ArrayStruct, MapStruct, array_of, layout_of, pointer, run, takes
@@ -90,7 +91,7 @@ class _CausalLogsFunction(torch.autograd.Function):
         q, k, v, kv, z, log_scale, call = inputs
         sums = [floats(x) for x in (kv, z, log_scale)]
         last = [torch.empty_like(x) for x in sums]
-        out = q.new_empty(*q.shape[:3], v.shape[3])
+        out = like_queries(q, v.shape[3])
         struct = call.struct(q, k, v, sums, last)
         struct.out = array_of(out)
         run("maclin_causal_logs", struct)
