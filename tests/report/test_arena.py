@@ -205,3 +205,17 @@ def test_the_picture_holds_every_mechanism_and_every_score(found: ArenaResult) -
     assert sorted(times, key=times.__getitem__) == ["favor <b>", "softmax", "macformer", "mean"]
     nothing = replace(found, tasks=(replace(found.tasks[0], runs=found.tasks[0].runs[-1:], costs=()),))
     assert "linformer" in render_arena_svg(nothing)
+
+
+def test_the_picture_of_many_tasks_stays_as_wide_as_a_page(found: ArenaResult) -> None:
+    one = found.tasks[0]
+    many = replace(found, tasks=tuple(replace(one, task=replace(one.task, name=name)) for name in "abcd"))
+    drawn, alone = (ElementTree.fromstring(render_arena_svg(result)) for result in (many, found))
+    space = "{http://www.w3.org/2000/svg}"
+    width, height = (float(drawn.get(name, 0)) for name in ("width", "height"))
+    assert width < 1.5 * float(alone.get("width", 0))
+    texts = [text.text for text in drawn.iter(f"{space}text")]
+    assert texts.count("macformer") == 2  # four scores and four times, on two shelves
+    places = {(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in drawn.iter(f"{space}circle")}
+    assert len(places) == 4 * 8
+    assert all(0 < x < width and 0 < y < height for x, y in places)

@@ -10,7 +10,8 @@ from html import escape
 from ..records import ArenaResult, ArenaTaskResult
 from .arena_rows import BASELINES, EXACT, Mean, cost_of, ratio, rows_of, unit
 
-_LEFT, _TOP, _ROW, _COLUMN, _GAP, _BOTTOM = 150, 74, 26, 170, 26, 58
+_LEFT, _TOP, _ROW, _COLUMN, _GAP, _BELOW, _BOTTOM = 150, 74, 26, 170, 26, 28, 30
+_MOST = 5  # columns of a shelf: more, and a page makes the words too small to read
 _INK, _SOFT, _LINE, _BAND = "#1d2430", "#5b6573", "#d9dde3", "#eef4fa"
 _OWN, _OTHER, _BASE = "#c2410c", "#2f7fc1", "#6b7280"
 _OURS = "macformer"
@@ -68,25 +69,35 @@ def render_arena_svg(found: ArenaResult) -> str:
     # ours first, then what it is compared with, then the others
     labels = [label for label in (_OURS, *BASELINES) if label in order]
     labels += [label for label in order if label not in labels]
-    width = _LEFT + max(len(panels), 3) * (_COLUMN + _GAP)
-    height = _TOP + len(labels) * _ROW + _BOTTOM
+    shelves = max(-(-len(panels) // _MOST), 1)
+    across = max(-(-len(panels) // shelves), 3)
+    tall = _TOP + len(labels) * _ROW + _BELOW
+    width, height = _LEFT + across * (_COLUMN + _GAP), shelves * tall + _BOTTOM
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'style="max-width: 100%; height: auto" font-family="system-ui, sans-serif" font-size="13">',
         f"<title>{escape('Scores and speed of attention mechanisms')}</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
+    for shelf in range(shelves):
+        parts += _shelf(panels[shelf * across : (shelf + 1) * across], labels, width, shelf * tall + _TOP)
+    note = "Mean over seeds, bars: standard deviation. Dashed: softmax. Dotted: what ignores the sequence."
+    parts.append(_text(12, height - 12, note, _SOFT, "start", ' font-size="12"'))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _shelf(panels: Sequence[_Panel], labels: Sequence[str], width: int, top: int) -> list[str]:
+    """Columns beside each other, the names of the rows to their left."""
+    parts: list[str] = []
     for i, label in enumerate(labels):
-        y = _TOP + i * _ROW
+        y = top + i * _ROW
         if label == _OURS:
             parts.append(f'<rect x="0" y="{y}" width="{width}" height="{_ROW}" fill="{_BAND}"/>')
         weight = ' font-weight="650"' if label == _OURS else ""
         parts.append(_text(_LEFT - 12, y + _ROW / 2 + 4, label, _colour(label), "end", weight))
     for column, panel in enumerate(panels):
-        parts += _drawn(panel, labels, _LEFT + column * (_COLUMN + _GAP))
-    note = "Mean over seeds, bars: standard deviation. Dashed: softmax. Dotted: what ignores the sequence."
-    parts.append(_text(12, height - 12, note, _SOFT, "start", ' font-size="12"'))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        parts += _drawn(panel, labels, _LEFT + column * (_COLUMN + _GAP), top)
+    return parts
 
 
 def _scores(result: ArenaTaskResult) -> _Panel | None:
@@ -114,24 +125,24 @@ def _times(result: ArenaTaskResult, labels: Sequence[str]) -> _Panel | None:
     return _Panel(f"{result.task.name}, step", f"times faster, {length:,} positions", found, 1.0, None, True)
 
 
-def _drawn(panel: _Panel, labels: Sequence[str], left: float) -> list[str]:
-    bottom = _TOP + len(labels) * _ROW
+def _drawn(panel: _Panel, labels: Sequence[str], left: float, top: int) -> list[str]:
+    bottom = top + len(labels) * _ROW
 
     def x(value: float) -> float:
         return left + panel.share(value) * _COLUMN
 
     parts = [
-        _text(left, _TOP - 34, panel.title, _INK, "start", ' font-weight="650"'),
-        _text(left, _TOP - 16, panel.subtitle, _SOFT, "start"),
+        _text(left, top - 34, panel.title, _INK, "start", ' font-weight="650"'),
+        _text(left, top - 16, panel.subtitle, _SOFT, "start"),
     ]
     for tick in panel.ticks():
-        parts.append(_line(x(tick), _TOP, x(tick), bottom, _LINE))
+        parts.append(_line(x(tick), top, x(tick), bottom, _LINE))
         parts.append(_text(x(tick), bottom + 17, f"{tick:g}", _SOFT, "middle"))
     for value, dashes in ((panel.level, "5 4"), (panel.floor[1] if panel.floor else None, "1 4")):
         if value is not None:
-            parts.append(_line(x(value), _TOP, x(value), bottom, _SOFT, f' stroke-dasharray="{dashes}"'))
+            parts.append(_line(x(value), top, x(value), bottom, _SOFT, f' stroke-dasharray="{dashes}"'))
     for i, label in enumerate(labels):
-        y = _TOP + (i + 0.5) * _ROW
+        y = top + (i + 0.5) * _ROW
         value = panel.values.get(label)
         if value is None:
             parts.append(_text(left + _COLUMN / 2, y + 4, "–", _SOFT, "middle"))
