@@ -158,7 +158,7 @@ def read(
         "maclin_read",
         _Read(
             ctypes.sizeof(_Read), batch, heads, length, kv.shape[3], pieces(length, batch * heads),
-            out.nbytes >= _FRESH_BYTES, layout.struct, array_of(q), array_of(out),
+            out.is_contiguous() and out.nbytes >= _FRESH_BYTES, layout.struct, array_of(q), array_of(out),
             pointer(kv), pointer(z), pointer(logs), finish.floor,
             pointer(constant_kv), pointer(constant_z), pointer(gamma), pointer(beta),
         ),

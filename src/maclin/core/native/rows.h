@@ -104,7 +104,7 @@ static void ahead_of(const Array& x, long width, long b, long h, long first, lon
 static void fetch_pages(const Array& x, long b, long h, long first, long count) {
 #if defined(__linux__)
   const uintptr_t page = 4096, begin = (uintptr_t)x.address(b, h, first) / page * page;
-  const uintptr_t end = (uintptr_t)x.address(b, h, first + count - 1) + 1;
+  const uintptr_t end = (uintptr_t)x.address(b, h, first + count);
   madvise((void*)begin, (end - begin + page - 1) / page * page, 23 /* MADV_POPULATE_WRITE */);
 #else
   (void)x, (void)b, (void)h, (void)first, (void)count;

@@ -129,7 +129,7 @@ static void accumulate_task(const Accumulate& a, long task, float* memory) {
 struct Read {
   int64_t size;
   int64_t batch, heads, length, width, chunks;
-  int64_t fresh;  // the memory of out has just come from the system
+  int64_t fresh;  // out is contiguous, and its memory has just come from the system
   Map map;
   Array q, out;
   const float *kv, *z, *log_scale;  // (batch, heads, features, width or nothing); no log_scale: null
